@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_shape', 'FiLM', 'norm_layer', 'conv', 'ConvBlock', 'ResBlock', 'split_heads', 'merge_heads', 'FeedForward',
-           'rotary_table', 'apply_rotary', 'from_dict', 'CfgModule', 'count_params', 'count_flops', 'best_time']
+           'rotary_table', 'apply_rotary', 'from_dict', 'CfgModule', 'count_params', 'count_flops', 'activation_bytes',
+           'best_time']
 
 # %% ../../nbs/20_models.layers.ipynb #7337fda3
 import math,time
@@ -13,7 +14,7 @@ from typing import Callable
 
 import torch
 from torch import nn,Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode,sdpa_flop_count
 
 # %% ../../nbs/20_models.layers.ipynb #81714925
 def check_shape(
@@ -209,10 +210,26 @@ def count_flops(
     *args, **kw # What to call it with
 )->int: # Multiplications and additions counted apart: two a MAC
     "Floating-point operations of one call's matrix products and convolutions, by PyTorch's own counter"
-    with torch.no_grad(),FlopCounterMode(display=False) as fc: f(*args, **kw)
+    cpu_sdpa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu # not among those it knows
+    known = {cpu_sdpa: lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v)}
+    with torch.no_grad(),FlopCounterMode(display=False, custom_mapping=known) as fc: f(*args, **kw)
     return fc.get_total_flops()
 
 # %% ../../nbs/20_models.layers.ipynb #2254852b
+def activation_bytes(
+    m:nn.Module, # Model
+    *args, **kw # What to call it with
+)->int: # Bytes
+    "Memory of what one forward pass keeps for its backward pass, parameters aside"
+    own,kept = {p.untyped_storage().data_ptr() for p in m.parameters()},{}
+    def keep(x):
+        st = x.untyped_storage()
+        if st.data_ptr() not in own: kept[st.data_ptr()] = st.nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x): out = m(*args, **kw)
+    return sum(kept.values())
+
+# %% ../../nbs/20_models.layers.ipynb #8e8d2a2f
 def best_time(
     f:Callable, # What to time, called without arguments
     reps:int=5, # Calls, after one to warm up
