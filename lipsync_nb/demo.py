@@ -98,13 +98,14 @@ def scene(
     size:int=256, # Height and width in pixels
 )->np.ndarray: # (size,size,3) uint8
     "A room out of focus: soft patches of a few related colours, a shape or two, a little grain"
-    def noise(k, amp): return cv2.resize(rng.normal(size=(k,k,3)).astype(np.float32)*amp, (size,size), interpolation=cv2.INTER_CUBIC)
-    base = rng.uniform(60, 190) + rng.normal(size=3)*14
-    img = np.float32(base) + noise(3, 22) + noise(6, 10)
-    for _ in range(rng.integers(1, 5)):                                       # a shelf, a window, a lamp
+    def noise(k, light, tint):
+        n = rng.normal(size=(k,k,1))*light + rng.normal(size=(k,k,3))*tint
+        return cv2.resize(n.astype(np.float32), (size,size), interpolation=cv2.INTER_CUBIC)
+    img = np.float32(rng.uniform(70, 190) + rng.normal(size=3)*12) + noise(3, 22, 5) + noise(6, 10, 3)
+    for _ in range(rng.integers(2, 6)):                                       # a shelf, a window, a lamp
         (x,w),(y,h) = (sorted(rng.integers(-40, size+40, 2)) for _ in range(2))
-        m = np.zeros((size,size), np.float32); cv2.rectangle(m, (x,y), (w,h), 1, -1)
-        img += cv2.GaussianBlur(m, (0,0), rng.uniform(3, 9))[...,None]*np.float32(rng.normal(size=3)*10+rng.normal()*24)
+        m = cv2.rectangle(np.zeros((size,size), np.float32), (x,y), (w,h), 1, -1)
+        img += cv2.GaussianBlur(m, (0,0), rng.uniform(3, 9))[...,None]*np.float32(rng.normal(size=3)*8+rng.normal()*26)
     return np.clip(img + rng.normal(size=(size,size,1))*1.5, 8, 247).astype(np.uint8)
 
 def lighting(

@@ -42,6 +42,7 @@ def as_images(
     x = full(x).flatten(0,-4)
     return x if box is None else x[..., box[0]:box[1], box[2]:box[3]]
 
+# %% ../nbs/32_metrics.ipynb #88140a51
 def psnr(
     pred:Tensor, # Images (...,c,h,w) in [0,1]
     target:Tensor, # Same shape
@@ -54,7 +55,7 @@ def psnr(
     w = torch.ones_like(δ) if mask is None else mask.to(δ).expand_as(δ)
     return -10*((δ*w).sum((1,2,3)) / w.sum((1,2,3))).log10()
 
-# %% ../nbs/32_metrics.ipynb #feae2b01
+# %% ../nbs/32_metrics.ipynb #09a3d38a
 def msssim_window(
     side:int, # Smaller side of the picture in pixels
 )->int: # Odd, 3 to 11
@@ -64,6 +65,7 @@ def msssim_window(
     if w<3: raise ValueError(f'MS-SSIM needs pictures of more than 32 pixels, got {side}')
     return w
 
+# %% ../nbs/32_metrics.ipynb #cd5ac5fc
 def ssim(
     pred:Tensor, # Images (...,c,h,w) in [0,1]
     target:Tensor, # Same shape
@@ -83,7 +85,7 @@ def ms_ssim(
     p,t = as_images(pred, box),as_images(target, box)
     return pytorch_msssim.ms_ssim(p, t, data_range=1, size_average=False, win_size=msssim_window(min(p.shape[-2:])))
 
-# %% ../nbs/32_metrics.ipynb #59192143
+# %% ../nbs/32_metrics.ipynb #534aa9db
 def gaussian_stats(
     feats:Tensor, # Features (n,d)
 )->tuple[Tensor,Tensor]: # Mean (d,) and covariance (d,d), float64
@@ -92,6 +94,7 @@ def gaussian_stats(
     x = feats.double()
     return x.mean(0),torch.cov(x.T).view(x.shape[1], -1)
 
+# %% ../nbs/32_metrics.ipynb #17406474
 def frechet_distance(
     mu1:Tensor, # Mean (d,)
     sigma1:Tensor, # Covariance (d,d)
@@ -105,7 +108,7 @@ def frechet_distance(
     cross = torch.linalg.eigvalsh(root @ sigma2.double() @ root.T).clamp(min=0).sqrt().sum()
     return ((mu1-mu2).double().square().sum() + sigma1.trace() + sigma2.trace() - 2*cross).clamp(min=0).item()
 
-# %% ../nbs/32_metrics.ipynb #e4503fe3
+# %% ../nbs/32_metrics.ipynb #003959cb
 def check_features(real, fake):
     if real.shape!=fake.shape: raise ValueError(f'expected as many pictures on both sides, since both distances depend on their number, got {tuple(real.shape)} and {tuple(fake.shape)}')
     if len(real)<=real.shape[1]: warnings.warn(f'{len(real)} pictures are too few for {real.shape[1]} features: most of this distance is chance')
@@ -118,6 +121,7 @@ def frechet_features(
     check_features(real, fake)
     return frechet_distance(*gaussian_stats(real), *gaussian_stats(fake))
 
+# %% ../nbs/32_metrics.ipynb #cc3210e1
 def kernel_distance(
     real:Tensor, # Features of real pictures (n,d)
     fake:Tensor, # Features of as many made ones (n,d)
@@ -129,7 +133,7 @@ def kernel_distance(
     def off(m): return (m.sum()-m.trace())/(n*(n-1))
     return (off(k(x,x)) + off(k(y,y)) - 2*k(x,y).mean()).item()
 
-# %% ../nbs/32_metrics.ipynb #003959cb
+# %% ../nbs/32_metrics.ipynb #a212faad
 def flicker(
     frames:Tensor, # A clip (t,c,h,w), or several (b,t,c,h,w), in [0,1]
     mask:Tensor|None=None, # Weight of each pixel (h,w)
@@ -140,7 +144,7 @@ def flicker(
     w = torch.ones_like(δ) if mask is None else mask.to(δ).expand_as(δ)
     return Score(((δ*w).sum()/w.sum()).item(), n=frames.shape[-4]-2)
 
-# %% ../nbs/32_metrics.ipynb #921e5059
+# %% ../nbs/32_metrics.ipynb #d6c5375c
 def curves(
     *xs, # Curves, one value a frame
 )->list: # float64 arrays (n,)
@@ -149,6 +153,7 @@ def curves(
     if any(x.ndim!=1 for x in xs) or len({len(x) for x in xs})!=1: raise ValueError(f'expected curves of one length, got shapes {", ".join(str(x.shape) for x in xs)}')
     return xs
 
+# %% ../nbs/32_metrics.ipynb #6b40eb5b
 def both(
     measured, # Measured curve (n,), NaN where unknown
     truth, # True curve (n,), likewise
@@ -159,7 +164,7 @@ def both(
     use,ok = use>0,np.isfinite(m) & np.isfinite(t)
     return m[use&ok],t[use&ok],int((use&~ok).sum())
 
-# %% ../nbs/32_metrics.ipynb #60fdc89b
+# %% ../nbs/32_metrics.ipynb #a664ab8c
 def opening_corr(
     measured, # Mouth opening measured on the dubbed video (n,), NaN where no face
     truth, # True opening (n,), NaN where unknown
@@ -170,6 +175,7 @@ def opening_corr(
     if len(m)<3 or np.ptp(m)==0 or np.ptp(t)==0: return Score(math.nan, len(m), dropped)
     return Score(np.corrcoef(m, t)[0,1], len(m), dropped)
 
+# %% ../nbs/32_metrics.ipynb #ac90d779
 def articulation(
     measured, # Mouth opening measured on the dubbed video (n,), NaN where no face
     truth, # True opening (n,), NaN where unknown
@@ -180,7 +186,7 @@ def articulation(
     ok = len(m)>=2 and np.ptp(t)>0
     return Score(m.std()/t.std() if ok else math.nan, len(m), dropped)
 
-# %% ../nbs/32_metrics.ipynb #cc3c40d7
+# %% ../nbs/32_metrics.ipynb #69a214b5
 PAUSES   = {'', '_', '_:', 'sil', 'sp', 'spn', 'pau', 'silence'} # names of silence
 BILABIAL = ('p', 'b', 'm')                                       # said with the lips shut
 
@@ -198,11 +204,12 @@ def phone_frames(
         out |= inside
     return out
 
+# %% ../nbs/32_metrics.ipynb #e99de6a6
 def is_bilabial(name:str)->bool:
     "Is this a p, b or m, in IPA or ARPAbet?"
     return name.strip('ˈˌ ').lower().startswith(BILABIAL)
 
-# %% ../nbs/32_metrics.ipynb #d6c5375c
+# %% ../nbs/32_metrics.ipynb #5d62b1c9
 def frame_times(
     n:int, # Number of frames
     fps:float=FPS, # Frames a second
@@ -210,6 +217,7 @@ def frame_times(
     "The middle of each frame"
     return (np.arange(n)+.5)/fps
 
+# %% ../nbs/32_metrics.ipynb #ee9abd14
 def speech_mask(
     phones, # [(start,end,name),…] in seconds
     n:int, # Number of frames
@@ -221,7 +229,7 @@ def speech_mask(
     times = frame_times(n, fps)
     return (times>=min(s for s,_ in spoken)) & (times<max(e for _,e in spoken))
 
-# %% ../nbs/32_metrics.ipynb #6b40eb5b
+# %% ../nbs/32_metrics.ipynb #7b382dc1
 def bilabial_ratio(
     opening, # Mouth opening (n,), NaN where no face
     phones, # [(start,end,name),…] in seconds
@@ -238,7 +246,7 @@ def bilabial_ratio(
     n = int((shut&ok).sum())
     return Score(x[shut&ok].mean()/wide if n and wide>0 else math.nan, n, (shut&~ok).sum())
 
-# %% ../nbs/32_metrics.ipynb #6ec64c94
+# %% ../nbs/32_metrics.ipynb #44f122cb
 def lmd(
     made, # Landmarks of the dubbed video (n,k,2) in pixels, NaN where no face
     true, # True landmarks, same shape
@@ -252,7 +260,7 @@ def lmd(
     ok = np.isfinite(by_frame)
     return Score(by_frame[ok].mean() if ok.any() else math.nan, ok.sum(), (~ok).sum())
 
-# %% ../nbs/32_metrics.ipynb #6e8c62d1
+# %% ../nbs/32_metrics.ipynb #e102790b
 def pair_check(v, a):
     "Embeddings (n,d) of one clip as float64 tensors, of one shape"
     v,a = (torch.as_tensor(x).double() for x in (v,a))
@@ -273,7 +281,7 @@ def two_way_accuracy(
     won = (own>s[wrong]).double() + (own==s[wrong]).double()/2
     return Score(won.mean().item() if len(won) else math.nan, len(won))
 
-# %% ../nbs/32_metrics.ipynb #5d62b1c9
+# %% ../nbs/32_metrics.ipynb #2d3cd738
 def sync_distances(
     v, # Embeddings of windows of frames (n,d), one a frame
     a, # Embeddings of windows of sound (n,d)
@@ -290,6 +298,7 @@ def sync_distances(
     def lap(s): return max(0,-s),min(n,n-s)
     return torch.stack([F.pairwise_distance(v[i:j], a[i+s:j+s]).mean() for s in range(-vshift,vshift+1) for i,j in [lap(s)]])
 
+# %% ../nbs/32_metrics.ipynb #48db51e4
 class LSE(NamedTuple):
     "Confidence (higher is better), distance (lower is better) and offset in frames (positive: the sound runs ahead)"
     c:float
@@ -306,7 +315,7 @@ def sync_offset(v, a, vshift:int=15)->int:
     "By how many frames the sound of a clip runs ahead of the picture (negative: behind)"
     return lse(v, a, vshift, pad=False).offset
 
-# %% ../nbs/32_metrics.ipynb #c7b30a74
+# %% ../nbs/32_metrics.ipynb #53c9561d
 def motion(
     opening, # Mouth opening (n,), NaN where no face
 )->Score: # `n` counts pairs of frames; NaN if there is none
@@ -315,6 +324,7 @@ def motion(
     δ = np.abs(np.diff(x)); ok = np.isfinite(δ)
     return Score(δ[ok].mean() if ok.any() else math.nan, ok.sum(), (~ok).sum())
 
+# %% ../nbs/32_metrics.ipynb #8d71fc57
 def silence_motion(
     silent, # Opening of the clip dubbed with silence (n,)
     real, # Opening of the clip itself (n,)
@@ -324,6 +334,7 @@ def silence_motion(
     s,r = motion(silent),motion(real)
     return Score(s/r if r>0 else math.nan, s.n, s.dropped)
 
+# %% ../nbs/32_metrics.ipynb #7b31f51e
 def source_share(
     made, # Opening of the clip dubbed with silence, or with another sound (n,)
     source, # Opening of the source clip (n,)
@@ -334,7 +345,7 @@ def source_share(
     ok = len(m)>=3 and np.ptp(s)>0
     return Score(((m-m.mean())*(s-s.mean())).mean()/s.var() if ok else math.nan, len(m), dropped)
 
-# %% ../nbs/32_metrics.ipynb #44f122cb
+# %% ../nbs/32_metrics.ipynb #336f13bb
 class CI(NamedTuple):
     "A mean with its interval, the number of values behind it and the number dropped"
     value:float

@@ -20,7 +20,8 @@ def _serve(conn, name):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     module,func = name.split(':')
-    func = getattr(import_module(module), func)
+    try: func = getattr(import_module(module), func)
+    except Exception as e: conn.send(f'{type(e).__name__}: {e}'); return
     try:
         conn.send(None)                                          # ready
         while True:
@@ -102,7 +103,7 @@ def _events(team):
     out = []
     for w in list(team):
         if w.conn in said:
-            try: out.append((w, w.conn.recv()))
+            try: out.append((w, TaskError('raised', m) if isinstance(m := w.conn.recv(), str) else m))
             except (EOFError, ConnectionResetError): w.proc.join(5); out.append((w, TaskError('died', f'its worker process died (exit code {w.proc.exitcode})')))
         elif w.job is not None and w.until and time.monotonic() >= w.until: out.append((w, TaskError('late', 'it took too long')))
     return out

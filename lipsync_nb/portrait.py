@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CANVAS', 'EYES', 'PUPILS', 'UPPER_OUT', 'UPPER_IN', 'LOWER_OUT', 'LOWER_IN', 'LIPS', 'JAW', 'OVAL', 'UPPER_LIDS',
-           'LOWER_LIDS', 'BROWS', 'NOSE', 'CHIN', 'CHEEKS', 'Face', 'read_face', 'load_portrait', 'thin_plate',
-           'smooth', 'fill', 'stroke', 'mix', 'seam', 'rest_shape', 'Box', 'close_mouth', 'Look', 'reshape',
+           'LOWER_LIDS', 'BROWS', 'NOSE', 'CHIN', 'CHEEKS', 'smooth', 'Face', 'read_face', 'load_portrait',
+           'thin_plate', 'fill', 'stroke', 'mix', 'seam', 'rest_shape', 'Box', 'close_mouth', 'Look', 'reshape',
            'hair_mask', 'recolour', 'put_glasses', 'garment', 'clean_edges', 'dress']
 
 # %% ../nbs/03_portrait.ipynb #861964ea
@@ -35,6 +35,11 @@ NOSE  = [1,2,4,5,98,327,97,326,129,358,64,294,48,278,195]
 CHIN,CHEEKS = 152,[50,280,205,425,199,151]
 
 # %% ../nbs/03_portrait.ipynb #e22edf5d
+def smooth(x):
+    "0 below 0, 1 above 1, an S between"
+    x = np.clip(x, 0, 1)
+    return x*x*(3-2*x)
+
 @dataclass
 class Face:
     "A face on the canvas"
@@ -82,7 +87,8 @@ def read_face(
     lms = _mesh(c)
     if lms is None: lost()
     with _hush(), mp.solutions.selfie_segmentation.SelfieSegmentation(model_selection=0) as seg: m = seg.process(c).segmentation_mask
-    return Face(c, lms, np.clip((m-.3)/.6, 0, 1).astype(np.float32))
+    m = cv2.GaussianBlur(m, (0,0), 2.)                                     # the model's outline has steps
+    return Face(c, lms, smooth((m-.25)/.6).astype(np.float32))
 
 # %% ../nbs/03_portrait.ipynb #d82beaa4
 def load_portrait(
@@ -112,11 +118,6 @@ def thin_plate(
     A = np.block([[U(src,src) + λ*np.eye(n), P], [P.T, np.zeros((3,3))]])
     w = np.linalg.solve(A, np.r_[v.reshape(n,-1), np.zeros((3, v[0].size))])
     return (U(at,src)@w[:n] + np.c_[np.ones(len(at)),at]@w[n:]).reshape(len(at), *v.shape[1:])
-
-def smooth(x):
-    "0 below 0, 1 above 1, an S between"
-    x = np.clip(x, 0, 1)
-    return x*x*(3-2*x)
 
 # %% ../nbs/03_portrait.ipynb #30b295a6
 def _points(p): return [np.round(np.asarray(p)*16).astype(np.int32)]

@@ -29,14 +29,14 @@ def lip_moves(
     u = (T[ids,0]-(l[0]+r[0])/2)/(np.linalg.norm(r-l)/2)
     bulge = np.clip(1-abs(u)**2.2, 0, 1)**.8
     s,o,up,lo = (1 if lower else -1),float(outer),float(not lower),float(lower)
-    x = [-.03*u*abs(u), .085*u, -.17*u, 0*u, 0*u, .02*u, 0*u]
+    x = [-.03*u*abs(u), .085*u, -.19*u, 0*u, 0*u, .02*u, 0*u]
     y = [.10*u**2 + bulge*(-.02*up + (.33-.015*o)*lo),   # jaw
          -.012*u**2 - s*o*.012*bulge,                    # wide: thinner lips
          s*o*.026*bulge,                                 # round: thicker
          -.075*up*bulge,                                 # lift
          .10*lo*bulge,                                   # drop
          -s*o*.035*bulge,                                # press: rolled in
-         (-.035*up - .045*lo*o)*bulge]                   # tuck
+         (-.032*up - .045*lo*o)*bulge]                   # tuck
     return EYES*np.stack([np.stack(x, 1), np.stack(y, 1)], -1)
 
 # %% ../nbs/04_puppet.ipynb #1b57c826
@@ -53,7 +53,7 @@ def _skin_moves(T):
     # beside the corners the layers lie on one another and must move alike
     side = np.array([(cx+s*k*EYES, seam(T, cx+s*hw)) for s in (-1,1) for k in (.52,.64,.78)])
     side,along = still(side); near = np.tile([1,.65,.3], 2); s = sign(side)
-    along[:,0,1],along[:,1,0],along[:,2,0] = .085*EYES*near,.075*EYES*near*s,-.14*EYES*near*s
+    along[:,0,1],along[:,1,0],along[:,2,0] = .085*EYES*near,.075*EYES*near*s,-.155*EYES*near*s
     m,chin = still(T[[200,199,175,18,83,313]])
     chin[:,0,1] = EYES*np.array([.29,.275,.28,.31,.31,.31]); chin[[0,3,4,5],6,1] = chin[3:,5,1] = -.02*EYES
     hold = still(np.r_[T[[*NOSE, 94,60,290,203,423]], np.c_[np.linspace(-1,1,5)*EYES+cx, np.full(5, y1+.62*EYES)]])
@@ -111,7 +111,7 @@ def tongue()->np.ndarray: # (64,96,4) float32: colour × opacity, and opacity; i
     u,v = (x-INSIDE[1]/2+.5)/25,(y-2)/16
     a = smooth((y-2-3.5*u**2)/2.5)*smooth(6*(1.02-abs(u)))
     lum = (.72+.28*np.exp(-((v-.35)/.5)**2))*(1-.45*u**2)*(1-.18*np.exp(-(u/.08)**2)*smooth(2*v))   # a furrow in the middle
-    return np.dstack([np.float32([188,98,98])*(lum*a)[...,None], a]).astype(np.float32)
+    return np.dstack([np.float32([150,72,74])*(lum*a)[...,None], a]).astype(np.float32)
 
 # %% ../nbs/04_puppet.ipynb #f4579e61
 def close_eyes(
@@ -164,8 +164,8 @@ def _inside(self:Puppet):
     h,w = INSIDE; cx = self.T[[61,291],0].mean()
     self.at = int(cx-w/2),int(seam(self.T, cx)-SEAM_ROW)
     def shifted(t, dy): return np.roll(t, dy, 0)
-    self.upper = shifted(teeth(**UPPER_TEETH), 4)      # 2-3 mm show below the seam
-    self.lower = shifted(teeth(**LOWER_TEETH), 1)
+    self.upper = shifted(teeth(**UPPER_TEETH), 3)      # 2 mm show below the seam
+    self.lower = shifted(teeth(**LOWER_TEETH), 2)
     self.tongue = tongue()
     y,x = np.mgrid[:h,:w].astype(np.float32)
     self.dark = np.float32([46,17,17])*((.55+.45*np.exp(-((x-w/2)/26)**2))*(.8+.4*y/h))[...,None]
@@ -173,8 +173,8 @@ def _inside(self:Puppet):
 @patch
 def _place(self:Puppet, zoom):
     "Where canvas pixels come to lie in the frame, and how the head's movements shift them"
-    self.scale = EYES/(53.3*zoom)*256/self.size
-    self.offset = self.T[PUPILS].mean(0) - self.size*self.scale*np.array([.5,.43])
+    self.scale = EYES/(55*zoom)*256/self.size
+    self.offset = self.T[PUPILS].mean(0) - self.size*self.scale*np.array([.5,.42])
     y,x = np.mgrid[:self.size,:self.size].astype(np.float32)*self.scale
     self.xy = np.stack([x+self.offset[0], y+self.offset[1]]).reshape(2,-1).astype(np.float32)
     self.head = self.head_moves(*self.xy)
@@ -244,11 +244,10 @@ def _cavity(self:Puppet, out, U, L, jaw, roundness, tip):
     (h,w),(x0,y0) = INSIDE,self.at
     m = cv2.fillPoly(np.zeros(INSIDE, np.uint8), [np.round((np.r_[U,L[::-1]]-[x0,y0])*16).astype(np.int32)], 255, cv2.LINE_AA, 4)
     m = cv2.GaussianBlur(m, (5,5), .8).astype(np.float32)*(1/255)
-    shade = np.minimum(.25+.86*cv2.GaussianBlur(m, (0,0), 3.), 1)               # darker at the lips
+    shade = np.minimum(.45+.75*cv2.GaussianBlur(m, (0,0), 2.), 1)               # darker at the lips
     c,drop = self.dark.copy(),.29*EYES*jaw
-    hide = np.float32(1-.85*roundness)                                       # protruded lips cover the teeth
-    for part,dy,a in ((self.tongue, 12+(.6*drop+3)*(1-tip), 1), (self.lower, drop, hide), (self.upper, 0, hide)):
-        part = part*a if a < 1 else part
+    pout = 7*roundness                                                       # protruded lips cover the teeth
+    for part,dy in ((self.tongue, 12+(.66*drop+3)*(1-tip)), (self.lower, drop+pout), (self.upper, -pout)):
         if dy: part = cv2.warpAffine(part, np.float32([[1,0,0],[0,1,dy]]), (w,h), flags=cv2.INTER_LINEAR)
         c *= 1-part[...,3:]; c += part[...,:3]
     c *= shade[...,None]
@@ -279,6 +278,6 @@ def render(self:Puppet,
         if (L-U)[:,1].max() > .3: self._cavity(out, U, L, mouth[i,0], mouth[i,2], mouth[i,7])
         for where,states in self.lids: out[where] = states[round(float(blink[i])*(self.n_lids-1))]
         x,y = ((pose[i]@head).reshape(2,-1) + self.xy).reshape(2,s,s)
-        f = cv2.remap(out, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        f = cv2.remap(out, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
         back = cv2.multiply(scene, cv2.cvtColor(255-f[...,3], cv2.COLOR_GRAY2RGB), scale=1/255)
         yield cv2.multiply(cv2.add(cv2.cvtColor(f, cv2.COLOR_RGBA2RGB), back), light, scale=float(level[i]), dtype=cv2.CV_8U)

@@ -31,12 +31,12 @@ class SyncCfg:
     box:tuple=(1/2,1.,1/6,5/6)        # What is looked at: top, bottom, left, right, as fractions of the crop
     pool:tuple=(3,4)                  # Rows and columns that a pyramid ends in
     n_mels:int=80                     # Bands of the mel spectrogram
-    scale:float=10.                   # `logit_scale` to start with
+    scale:float=5.                    # `logit_scale` to start with
     max_scale:float=100.              # …and its ceiling
 
 _base = SyncCfg()
 sync_presets = dict(
-    demo=replace(_base, t=5, dim=128, patch=4, chans=(64,96,128), achans=(24,48,96,128), blocks=0, norm=None),
+    demo=replace(_base, t=5, dim=128, patch=4, chans=(64,96,128), achans=(24,48,96,128), blocks=0),
     base=_base,
     hd=replace(_base, patch=4))
 
@@ -55,15 +55,16 @@ class Tower(nn.Module):
             levels += [ConvBlock(ni, no, 3, 2 if i else first, **kw), *(ResBlock(no, **kw) for _ in range(cfg.blocks))]
             ni = no
         self.net,self.pool = nn.Sequential(*levels),nn.AdaptiveAvgPool2d(cfg.pool)
-        self.head = nn.Linear(ni*math.prod(cfg.pool), cfg.dim)
+        self.head = nn.Linear(ni*math.prod(cfg.pool), cfg.dim, bias=False)
+        self.centre = nn.BatchNorm1d(cfg.dim, affine=False)
 
     def forward(self,
         x:Tensor, # (b,ni,h,w)
     )->Tensor: # (b,d), unit norm, float32
         x = self.net(x.contiguous(memory_format=torch.channels_last))
-        return F.normalize(self.head(self.pool(x).flatten(1)).float(), dim=-1)
+        return F.normalize(self.centre(self.head(self.pool(x).flatten(1)).float()), dim=-1)
 
-# %% ../../nbs/29_models.syncnet.ipynb #c5d2b023
+# %% ../../nbs/29_models.syncnet.ipynb #376d9df8
 def similarity(
     v:Tensor, # Embeddings of frames (b,d), unit norm
     a:Tensor, # Embeddings of sounds (b,d), unit norm
@@ -72,7 +73,7 @@ def similarity(
     if v.shape!=a.shape: raise ValueError(f'similarity: expected as many frames as sounds, got {tuple(v.shape)} and {tuple(a.shape)}')
     return (v*a).sum(-1)
 
-# %% ../../nbs/29_models.syncnet.ipynb #ff514a22
+# %% ../../nbs/29_models.syncnet.ipynb #3fb5a548
 class SyncNet(CfgModule):
     "Embeds a window of frames and a window of sound into one space, where being in sync is being near"
     cfg_cls,presets = SyncCfg,sync_presets
@@ -118,7 +119,7 @@ class SyncNet(CfgModule):
         "Both embeddings"
         return self.embed_video(frames),self.embed_audio(mel)
 
-# %% ../../nbs/29_models.syncnet.ipynb #ed126328
+# %% ../../nbs/29_models.syncnet.ipynb #bbd197ac
 @patch
 def logits(self:SyncNet,
     v:Tensor, # Embeddings of frames (b,d), unit norm

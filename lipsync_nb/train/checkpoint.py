@@ -41,6 +41,7 @@ def class_name(
     "Where to import a class from"
     return f'{cls.__module__}.{cls.__qualname__}'
 
+# %% ../../nbs/41_train.checkpoint.ipynb #9fba0ace
 def find_class(
     name:str, # From `class_name`
 )->type: # LipSyncError if it is none of ours
@@ -52,7 +53,7 @@ def find_class(
         if isinstance(found, type) and issubclass(found, nn.Module) and class_name(found)==name: return found
     raise LipSyncError(f'{name} is not a model of this version of lipsync_nb')
 
-# %% ../../nbs/41_train.checkpoint.ipynb #9fba0ace
+# %% ../../nbs/41_train.checkpoint.ipynb #a6d079d9
 @contextmanager
 def disk_errors(
     path, # What is being written
@@ -66,7 +67,7 @@ def disk_errors(
     else: return
     raise LipSyncError(f'cannot write {path}: {str(err).splitlines()[0]}; make room on the disk, what was there before is untouched') from None
 
-# %% ../../nbs/41_train.checkpoint.ipynb #a6d079d9
+# %% ../../nbs/41_train.checkpoint.ipynb #4e0a65d2
 def save_model(
     model:nn.Module, # One of this library's models; has `cfg`, a dataclass
     path, # Where to: `….safetensors`
@@ -80,7 +81,7 @@ def save_model(
         save_file({k:v.detach().cpu().contiguous() for k,v in m.state_dict().items()}, tmp, metadata=head)
     return path
 
-# %% ../../nbs/41_train.checkpoint.ipynb #4e0a65d2
+# %% ../../nbs/41_train.checkpoint.ipynb #80cf3b90
 def model_info(
     path, # A checkpoint of weights
 )->dict: # `class`, `cfg`, `meta`, `schema`
@@ -96,7 +97,7 @@ def model_info(
         return {**info, **{k:json.loads(head[k]) for k in ('cfg','meta')}}
     except (KeyError, ValueError): raise LipSyncError(f'{path} holds weights, but not of a model that lipsync_nb has saved') from None
 
-# %% ../../nbs/41_train.checkpoint.ipynb #a000b959
+# %% ../../nbs/41_train.checkpoint.ipynb #806c9b67
 def cfg_diff(
     a:dict, # A configuration
     b:dict, # Another
@@ -105,6 +106,7 @@ def cfg_diff(
     a,b = (json.loads(json.dumps(o)) for o in (a,b))     # tuples and lists are the same here
     return ', '.join(f'{k} is {a.get(k, "missing")} there and {b.get(k, "missing")} here' for k in dict.fromkeys([*a,*b]) if a.get(k)!=b.get(k))
 
+# %% ../../nbs/41_train.checkpoint.ipynb #d1dfad59
 def load_weights(
     model:nn.Module, # Where to put them
     path, # A checkpoint of weights, of the same class and configuration
@@ -117,7 +119,7 @@ def load_weights(
     except (RuntimeError, SafetensorError) as e: raise LipSyncError(f'{path} does not fit this version of {type(m).__name__}: {" ".join(str(e).split())[:300]}') from None
     return info['meta']
 
-# %% ../../nbs/41_train.checkpoint.ipynb #35507cc9
+# %% ../../nbs/41_train.checkpoint.ipynb #e419cdf9
 def load_model(
     path, # A checkpoint of weights
     cls:type|None=None, # Class that is needed; any of the library's if not given
@@ -133,7 +135,7 @@ def load_model(
     load_weights(model, path)
     return model.to(map_location).eval()
 
-# %% ../../nbs/41_train.checkpoint.ipynb #e419cdf9
+# %% ../../nbs/41_train.checkpoint.ipynb #fb61fa51
 PLAIN = (type(None), bool, int, float, str, bytes)
 
 def plain_only(
@@ -146,7 +148,7 @@ def plain_only(
     if isinstance(o, dict): plain_only(list(o), f'keys of {where}')
     for k,v in (o.items() if isinstance(o, dict) else enumerate(o)): plain_only(v, f'{where}[{k!r}]')
 
-# %% ../../nbs/41_train.checkpoint.ipynb #a826bf7f
+# %% ../../nbs/41_train.checkpoint.ipynb #1bc5c902
 def save_state(
     path, # Where to: `….pt`
     **state, # Tensors and plain values, in dicts and lists
@@ -156,6 +158,7 @@ def save_state(
     with atomic_path(path) as tmp, disk_errors(path): torch.save(state, tmp)
     return path
 
+# %% ../../nbs/41_train.checkpoint.ipynb #d9f385bc
 def load_state(
     path, # From `save_state`
     map_location='cpu', # Device for the tensors
@@ -167,7 +170,7 @@ def load_state(
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as e:
         raise LipSyncError(f'{path} is no training state, or it is cut short ({type(e).__name__}: {(str(e).splitlines() or [""])[0][:100]}); resume from another checkpoint') from None
 
-# %% ../../nbs/41_train.checkpoint.ipynb #233d52e0
+# %% ../../nbs/41_train.checkpoint.ipynb #b9746369
 def rng_state()->dict: # Plain values and tensors, for `save_state`
     "The state of Python's, numpy's and torch's random generators (each GPU's too)"
     kind,keys,pos,has_gauss,cached = np.random.get_state()
@@ -185,7 +188,7 @@ def set_rng_state(
     torch.set_rng_state(state['torch'].cpu())
     if state['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all([o.cpu() for o in state['cuda']])
 
-# %% ../../nbs/41_train.checkpoint.ipynb #d9f385bc
+# %% ../../nbs/41_train.checkpoint.ipynb #b73c63d4
 MANIFEST,STATE = 'manifest.json','state.pt'
 NAME = re.compile(r'step-(\d+)(?:\.(\d+))?$')   # a second checkpoint of one step gets a `.1`
 
@@ -198,6 +201,7 @@ def crc(
         while block := f.read(1<<20): c = zlib.crc32(block, c)
     return c
 
+# %% ../../nbs/41_train.checkpoint.ipynb #b554de96
 def is_whole(
     folder:Path, # A checkpoint
     deep:bool=True, # Compare checksums, or only sizes?
@@ -208,7 +212,7 @@ def is_whole(
         return all((folder/n).stat().st_size==size and (not deep or crc(folder/n)==c) for n,(size,c) in files.items())
     except (LipSyncError, OSError, KeyError, TypeError, ValueError): return False
 
-# %% ../../nbs/41_train.checkpoint.ipynb #97aa227f
+# %% ../../nbs/41_train.checkpoint.ipynb #803f3d86
 class CheckpointStore:
     "The checkpoints of a run: one folder a step, written whole or not at all"
     def __init__(self,
@@ -233,7 +237,7 @@ class CheckpointStore:
         "The newest whole checkpoint with a tag, or None"
         return next((p for p in reversed(self.all()) if is_whole(p) and tag in load_json(p/MANIFEST)['tags']), None)
 
-# %% ../../nbs/41_train.checkpoint.ipynb #8944b2f8
+# %% ../../nbs/41_train.checkpoint.ipynb #8786cd24
 def tensor_bytes(o)->int:
     "Bytes of all tensors in nested dicts, lists and modules"
     if isinstance(o, torch.Tensor): return o.numel()*o.element_size()
@@ -241,6 +245,7 @@ def tensor_bytes(o)->int:
     if isinstance(o, dict): o = list(o.values())
     return sum(map(tensor_bytes, o)) if isinstance(o, (list,tuple)) else 0
 
+# %% ../../nbs/41_train.checkpoint.ipynb #822f3935
 def check_room(
     folder:Path, # Where to write
     need:int, # Bytes
@@ -257,7 +262,7 @@ def force(
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../../nbs/41_train.checkpoint.ipynb #b73c63d4
+# %% ../../nbs/41_train.checkpoint.ipynb #f02056a4
 @patch
 def _fresh(self:CheckpointStore, step):
     "A name for a checkpoint of this step that is not taken"
@@ -287,7 +292,7 @@ def save(self:CheckpointStore,
     self.clean()
     return path
 
-# %% ../../nbs/41_train.checkpoint.ipynb #3e446398
+# %% ../../nbs/41_train.checkpoint.ipynb #92f77dc5
 @patch
 def _remove(self:CheckpointStore, path):
     "Take a folder out of sight in one move, then delete it"
@@ -306,7 +311,7 @@ def clean(self:CheckpointStore):
         if p not in kept: self._remove(p)
     for p in [*self.folder.glob('.gone-*'), *self.folder.glob('.step-*.tmp*')]: shutil.rmtree(p, ignore_errors=True)   # left by a kill
 
-# %% ../../nbs/41_train.checkpoint.ipynb #9688b8e3
+# %% ../../nbs/41_train.checkpoint.ipynb #1a0edf9e
 @patch
 def load(self:CheckpointStore,
     models:dict, # Name → model to put the weights into
@@ -320,6 +325,7 @@ def load(self:CheckpointStore,
     for name,m in models.items(): load_weights(m, path/f'{name}.safetensors')
     return load_json(path/MANIFEST)['step'],load_state(path/STATE, map_location)
 
+# %% ../../nbs/41_train.checkpoint.ipynb #98b3ecbd
 @patch
 def drop_after(self:CheckpointStore,
     step:int, # The step that the run was rolled back to

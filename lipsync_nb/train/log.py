@@ -26,6 +26,7 @@ def to_line(
     def safe(v): return str(v) if isinstance(v, float) and not math.isfinite(v) else v
     return json.dumps({k:safe(v) for k,v in row.items()}, allow_nan=False, ensure_ascii=False)
 
+# %% ../../nbs/40_train.log.ipynb #f65d0162
 def from_line(
     line:str, # One line of a log
 )->dict: # ValueError if it is none
@@ -34,7 +35,7 @@ def from_line(
     if not isinstance(row, dict): raise ValueError('no JSON object')
     return {k:float(v) if isinstance(v, str) and k not in WORDS else v for k,v in row.items()}
 
-# %% ../../nbs/40_train.log.ipynb #f65d0162
+# %% ../../nbs/40_train.log.ipynb #a3da50a2
 def log_path(
     folder, # A run's folder, or the log itself
 )->Path:
@@ -42,6 +43,7 @@ def log_path(
     folder = Path(folder)
     return folder if folder.suffix=='.jsonl' else folder/LOG_NAME
 
+# %% ../../nbs/40_train.log.ipynb #d3d87fc5
 def read_log(
     folder, # A run's folder, or its `log.jsonl`
 )->list[dict]: # Entries in order: `step`, `stage`, `time`, and figures or an `event`
@@ -56,7 +58,7 @@ def read_log(
             raise LipSyncError(f'{path}: line {i+1} is not an entry of a log ({e}); the file was changed by hand or is another one') from None
     return rows
 
-# %% ../../nbs/40_train.log.ipynb #89f5cf5e
+# %% ../../nbs/40_train.log.ipynb #d17129de
 def trim_log(
     folder, # A run's folder
     last:int|None=None, # Last step to keep; all if not given
@@ -69,7 +71,7 @@ def trim_log(
     if text==path.read_bytes(): return
     with atomic_path(path) as tmp: tmp.write_bytes(text)
 
-# %% ../../nbs/40_train.log.ipynb #369ba792
+# %% ../../nbs/40_train.log.ipynb #884fecf8
 class RunLog:
     "Writes the diary of a run to `folder/log.jsonl`"
     def __init__(self,
@@ -92,12 +94,19 @@ class RunLog:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../../nbs/40_train.log.ipynb #6f3a72b3
+# %% ../../nbs/40_train.log.ipynb #cf28c73c
 @patch
 def _write(self:RunLog, row):
     if not self.active: return
     self.file.write(to_line(row)+'\n'); self.file.flush()
     if self.wandb: self.wandb.log(row)
+
+@patch
+def close(self:RunLog):
+    "Close the file, and finish the W&B run if there is one"
+    if self.file: self.file.close()
+    if self.wandb: self.wandb.finish()
+    self.file = self.wandb = None; self.active = False
 
 @patch
 def log(self:RunLog,
@@ -112,6 +121,7 @@ def log(self:RunLog,
         except (TypeError, ValueError): raise ValueError(f'log: expected a number for {k}, got {v!r}') from None
     self._write(row)
 
+# %% ../../nbs/40_train.log.ipynb #e131e01c
 @patch
 def event(self:RunLog,
     step:int, # Steps taken
@@ -122,14 +132,7 @@ def event(self:RunLog,
     "Write down that something happened, with its evidence"
     self._write(dict(step=int(step), stage=str(stage), time=round(time.time(), 3), event=str(text), **{k:float(v) for k,v in evidence.items()}))
 
-@patch
-def close(self:RunLog):
-    "Close the file, and finish the W&B run if there is one"
-    if self.file: self.file.close()
-    if self.wandb: self.wandb.finish()
-    self.file = self.wandb = None; self.active = False
-
-# %% ../../nbs/40_train.log.ipynb #e131e01c
+# %% ../../nbs/40_train.log.ipynb #f4692478
 def curve(
     rows:list[dict], # From `read_log`
     name:str, # A figure
@@ -140,12 +143,14 @@ def curve(
     xs,ys = zip(*xy) if xy else ((),())
     return np.array(xs, dtype=int),np.array(ys, dtype=float)
 
+# %% ../../nbs/40_train.log.ipynb #a60aa4f4
 def figure_names(
     rows:list[dict], # From `read_log`
 )->list[str]: # In the order in which they first appear
     "The figures that a log holds"
     return list(dict.fromkeys(k for r in rows if 'event' not in r for k in r if k not in ('step','stage','time')))
 
+# %% ../../nbs/40_train.log.ipynb #016a4d66
 def stage_spans(
     rows:list[dict], # From `read_log`
 )->list[tuple[str,int,int]]: # (stage, first step, last step) in order
@@ -156,7 +161,7 @@ def stage_spans(
         else: out.append((r['stage'], r['step'], r['step']))
     return out
 
-# %% ../../nbs/40_train.log.ipynb #1dc14a56
+# %% ../../nbs/40_train.log.ipynb #c6ccac2b
 def plot_log(
     folder, # A run's folder, or entries from `read_log`
     names:list|None=None, # Figures to draw; all if not given
@@ -180,13 +185,14 @@ def plot_log(
         ax.set_title(name, size=8); ax.tick_params(labelsize=6); ax.legend(fontsize=5)
     return fig
 
-# %% ../../nbs/40_train.log.ipynb #cddc74f9
+# %% ../../nbs/40_train.log.ipynb #1b1ad102
 def wandb_mode(
     api_key:str|None, # The key that wandb knows of
 )->str: # 'online', 'offline', or what `WANDB_MODE` says
     "How to run W&B: offline where nobody is logged in"
     return os.environ.get('WANDB_MODE') or ('online' if api_key else 'offline')
 
+# %% ../../nbs/40_train.log.ipynb #04d25c3a
 def wandb_id(
     folder:Path, # The run's folder
     make, # Makes a new id
@@ -197,7 +203,7 @@ def wandb_id(
         with atomic_path(path) as tmp: tmp.write_text(make())
     return path.read_text().strip()
 
-# %% ../../nbs/40_train.log.ipynb #f47ae5fa
+# %% ../../nbs/40_train.log.ipynb #698277be
 def wandb_run(
     folder:Path, # The run's folder
     name:str|None=None, # Name of the run
