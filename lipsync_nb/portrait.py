@@ -76,18 +76,15 @@ def read_face(
 )->Face:
     "Find the face of a photograph and bring it onto the canvas"
     import mediapipe as mp
-    def lost(): raise LipSyncError(f'no face was found in {name}; give a portrait in which one face looks at the camera')
-    lms = _mesh(image)
-    if lms is None: lost()
-    d = np.linalg.norm(lms[473]-lms[468])
+    def landmarks(im):
+        if (l := _mesh(im)) is not None: return l
+        raise LipSyncError(f'no face was found in {name}; give a portrait in which one face looks at the camera')
+    lms = landmarks(image); d = np.linalg.norm(lms[473]-lms[468])
     if d < 20: raise LipSyncError(f'the face in {name} is too small ({d:.0f} px between the eyes); give one with at least 20')
-    y = .45*CANVAS
-    M = _similarity(lms[PUPILS], [(CANVAS/2-EYES/2, y), (CANVAS/2+EYES/2, y)])
+    M = _similarity(lms[PUPILS], [((CANVAS-EYES)/2, .45*CANVAS), ((CANVAS+EYES)/2, .45*CANVAS)])
     c = cv2.warpAffine(image, M, (CANVAS,CANVAS), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
-    lms = _mesh(c)
-    if lms is None: lost()
-    with _hush(), mp.solutions.selfie_segmentation.SelfieSegmentation(model_selection=0) as seg: m = seg.process(c).segmentation_mask
-    m = cv2.GaussianBlur(m, (0,0), 2.)                                     # the model's outline has steps
+    lms = landmarks(c)
+    with _hush(), mp.solutions.selfie_segmentation.SelfieSegmentation(model_selection=0) as seg: m = cv2.GaussianBlur(seg.process(c).segmentation_mask, (0,0), 2.) # its outline has steps
     return Face(c, lms, smooth((m-.25)/.6).astype(np.float32))
 
 # %% ../nbs/03_portrait.ipynb #d82beaa4
@@ -120,22 +117,21 @@ def thin_plate(
     return (U(at,src)@w[:n] + np.c_[np.ones(len(at)),at]@w[n:]).reshape(len(at), *v.shape[1:])
 
 # %% ../nbs/03_portrait.ipynb #30b295a6
-def _points(p): return [np.round(np.asarray(p)*16).astype(np.int32)]
+def _mask(draw, p, σ, size, *args):
+    m = draw(np.zeros((size,size), np.uint8), [np.round(np.asarray(p)*16).astype(np.int32)], *args, cv2.LINE_AA, 4)
+    return (cv2.GaussianBlur(m, (0,0), σ) if σ else m).astype(np.float32)/255
 
 def fill(p, σ=0., size=CANVAS):
     "Polygon `p` (n,2) as a (size,size) mask in 0 … 1, its edge blurred by `σ` pixels"
-    m = cv2.fillPoly(np.zeros((size,size), np.uint8), _points(p), 255, cv2.LINE_AA, 4)
-    return (cv2.GaussianBlur(m, (0,0), σ) if σ else m).astype(np.float32)/255
+    return _mask(cv2.fillPoly, p, σ, size, 255)
 
 def stroke(p, width, σ=0., size=CANVAS):
     "Open line `p` (n,2) as a (size,size) mask in 0 … 1"
-    m = cv2.polylines(np.zeros((size,size), np.uint8), _points(p), False, 255, max(1, round(width)), cv2.LINE_AA, 4)
-    return (cv2.GaussianBlur(m, (0,0), σ) if σ else m).astype(np.float32)/255
+    return _mask(cv2.polylines, p, σ, size, False, 255, max(1, round(width)))
 
 def mix(under, top, a):
     "`top` over `under` with opacity `a`, (h,w) or (h,w,1)"
-    a = a if a.ndim == under.ndim else a[...,None]
-    return under + (top-under)*a
+    return under + (top-under)*(a if a.ndim == under.ndim else a[...,None])
 
 # %% ../nbs/03_portrait.ipynb #9652810a
 def seam(lms, x):
@@ -174,8 +170,7 @@ class Box:
         self.slice = np.s_[self.y:self.y+self.h, self.x:self.x+self.w]
         t = np.linspace(0, 1, 7); ex,ey = self.x+t*self.w,self.y+t*self.h
         self.rim = np.r_[np.c_[ex,0*t+self.y], np.c_[ex,0*t+self.y+self.h], np.c_[0*t+self.x,ey], np.c_[0*t+self.x+self.w,ey]]
-    def fine(self, f):
-        "Coarse field `f` at every pixel of the box"
+    def fine(self, f): # Coarse field `f` at every pixel of the box
         return cv2.remap(np.asarray(f, np.float32), self.px/self.step, self.py/self.step, cv2.INTER_LINEAR)
 
 # %% ../nbs/03_portrait.ipynb #de31e0ad
@@ -252,8 +247,7 @@ def reshape(
     a = np.linspace(.92, 2.08, 15)*np.pi                          # around the hair
     top = np.array([cx, ey-.3*EYES]); hair = np.c_[np.cos(a)*1.85, np.sin(a)*1.55]*EYES
     neck = np.array([[cx-.8*EYES, L[CHIN,1]+.05*EYES], [cx+.8*EYES, L[CHIN,1]+.05*EYES]])
-    wider = np.c_[(neck[:,0]-cx)*.7*(k.jaw-1), [0,0]]
-    src = np.r_[T[keep], top+hair*[k.volume, .4+.6*k.volume], neck+wider, far]
+    src = np.r_[T[keep], top+hair*[k.volume, .4+.6*k.volume], neck+np.c_[(neck[:,0]-cx)*.7*(k.jaw-1), [0,0]], far]
     val = np.r_[L[keep], top+hair, neck, far] - src
     s = np.arange(0, CANVAS+1, 8.); F = thin_plate(src, val, np.stack(np.meshgrid(s, s), -1).reshape(-1,2), λ=20.).reshape(len(s),len(s),2)
     y,x = (v.astype(np.float32) for v in np.mgrid[:CANVAS,:CANVAS])
@@ -272,8 +266,7 @@ def hair_mask(face:Face)->np.ndarray: # (384,384) float32 in 0 … 1
     crown = lab[max(0, int(ey-1.75*EYES)):int(ey-1.05*EYES), int(cx-.8*EYES):int(cx+.8*EYES)].reshape(-1,3)
     def far(p): v = lab-p.mean(0); return np.einsum('hwi,ij,hwj->hw', v, np.linalg.inv(np.cov(p.T)+4*np.eye(3)), v)
     hair = 1/(1+np.exp(np.clip((far(crown)-far(skin))/4, -30, 30)))
-    i = .06*EYES
-    inner = fill(np.r_[L[[127,162,21]]+[i,0], L[[70,63,105,66,107,336,296,334,293,300]]-[0,.1*EYES], L[[251,389,356]]-[i,0], L[OVAL[8:29]]], 2)
+    inner = fill(np.r_[L[[127,162,21]]+[.06*EYES,0], L[[70,63,105,66,107,336,296,334,293,300]]-[0,.1*EYES], L[[251,389,356]]-[.06*EYES,0], L[OVAL[8:29]]], 2)
     above = 1 - smooth((np.mgrid[:CANVAS,:CANVAS][0] - L[132,1] - .02*EYES)/(.12*EYES))
     return cv2.GaussianBlur((hair*face.matte*(1-inner)*above).astype(np.float32), (0,0), .7)
 
@@ -296,12 +289,8 @@ def recolour(face:Face, k:Look)->Face:
 # %% ../nbs/03_portrait.ipynb #2028de94
 _RIMS = dict(round=(2.,.36,.35,2.2), square=(4.,.40,.29,3.6), oval=(2.4,.385,.27,1.8)) # roundness, half width, half height, thickness
 
-def put_glasses(
-    img:np.ndarray, # (384,384,3) float32
-    L:np.ndarray, # (478,2) landmarks
-    k:Look,
-)->np.ndarray:
-    "Draw the glasses of a look onto a face"
+def put_glasses(img, L, k:Look):
+    "Draw the glasses of look `k` onto `img` (384,384,3) float32 with landmarks `L`"
     if not k.glasses: return img
     p,rx,ry,th = _RIMS[k.glasses]; e = L[PUPILS]; d = e[1]-e[0]; n = np.linalg.norm(d)
     R = np.array([d, [-d[1],d[0]]])                              # eye distances -> pixels
@@ -320,12 +309,8 @@ def put_glasses(
 # %% ../nbs/03_portrait.ipynb #0506e399
 _COLLARS = dict(turtle=.42, mock=.25, crew=.13)                  # height in eye distances
 
-def garment(
-    L:np.ndarray, # (478,2) landmarks
-    k:Look,
-    rng:np.random.Generator,
-)->tuple: # (384,384,3) float32 colour, (384,384) float32 opacity
-    "A knitted garment with a high collar"
+def garment(L, k:Look, rng):
+    "A knitted garment with a high collar: colour (384,384,3) float32 and opacity (384,384)"
     cx,chin = L[CHIN]; i,half = EYES,.8*EYES*k.width*(1+.7*(k.jaw-1))
     y,x = (v.astype(np.float32) for v in np.mgrid[:CANVAS,:CANVAS])
     t = np.linspace(-1, 1, 25); q = np.linspace(0, 2.2*i, 20)
@@ -346,9 +331,8 @@ def garment(
 def _without_clothes(face, k):
     "Matte of head and neck alone"
     L,i = face.lms,EYES; cx,chin = L[CHIN]; half = .8*i*k.width*(1+.7*(k.jaw-1)); ear = L[132,1]+.13*i
-    p = [(-50,-50), (-50,ear), (L[132,0]-i,ear), (L[58,0]-.035*i,L[58,1]), (cx-half,L[172,1]+.12*i), (cx-half,chin+.2*i), (cx-.5*half,chin+.55*i),
-         (cx+.5*half,chin+.55*i), (cx+.955*half,chin+.2*i), (cx+.975*half,L[397,1]+.16*i), (L[288,0]+.035*i,L[288,1]), (L[361,0]+i,ear), (CANVAS+50,ear), (CANVAS+50,-50)]
-    if k.mirror: p[4:10] = [(cx-.975*half,L[172,1]+.16*i), (cx-.955*half,chin+.2*i), p[6], p[7], (cx+half,chin+.2*i), (cx+half,L[397,1]+.12*i)]
+    p = [(-50,-50), (-50,ear), (L[132,0]-i,ear), (L[58,0]-.035*i,L[58,1]), (cx-.975*half,L[172,1]+.13*i), (cx-.96*half,chin+.2*i), (cx-.5*half,chin+.55*i),
+         (cx+.5*half,chin+.55*i), (cx+.96*half,chin+.2*i), (cx+.975*half,L[397,1]+.13*i), (L[288,0]+.035*i,L[288,1]), (L[361,0]+i,ear), (CANVAS+50,ear), (CANVAS+50,-50)]
     return face.matte*fill(p, 1.)
 
 def clean_edges(img, matte):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOVES', 'INSIDE', 'SEAM_ROW', 'UPPER_TEETH', 'LOWER_TEETH', 'POSE', 'lip_moves', 'mouth_fields', 'teeth', 'tongue',
-           'close_eyes', 'Puppet', 'inner_gap']
+           'close_eyes', 'head_moves', 'invert', 'Puppet', 'inner_gap']
 
 # %% ../nbs/04_puppet.ipynb #9157b899
 import cv2
@@ -135,6 +135,32 @@ def close_eyes(
     return out
 
 # %% ../nbs/04_puppet.ipynb #8ff36cd7
+POSE = ('closer','roll','right','down','yaw','pitch')
+
+def head_moves(
+    T:np.ndarray, # (478,2) landmarks at rest
+    X:np.ndarray, # (n,) canvas x
+    Y:np.ndarray, # (n,) canvas y
+)->np.ndarray: # (6,2,n) float32
+    "Displacement of canvas points by each of `POSE` at 1, from the frame back to the source"
+    i,(cx,cy),chin = EYES,T[1],T[CHIN]
+    w = 1-.75*smooth((Y-chin[1])/i); dx,dy,o = X-chin[0],Y-chin[1]-.5*i,0*X
+    def dome(rx, ry, up): return np.exp(-((X-cx)/(rx*i))**2 - ((Y-cy+up*i)/(ry*i))**2)
+    z = w*i*(dome(.95,1.25,.2) + .28*dome(.22,.3,0) - .35)
+    return -np.stack([np.stack(p) for p in ((w*dx,w*dy), (-w*dy,w*dx), (w,o), (o,w), (z,o), (o,z))]).astype(np.float32)
+
+# %% ../nbs/04_puppet.ipynb #0c449b5b
+def invert(
+    F:np.ndarray, # (h,w,2) float32 field on the grid, in pixels
+    D:np.ndarray, # (h,w,2) first guess
+    rounds:int=4,
+)->np.ndarray: # (h,w,2): `D(x) = -F(x+D(x))`
+    "Displacement seen from its destination"
+    gy,gx = np.mgrid[:F.shape[0],:F.shape[1]].astype(np.float32)
+    for _ in range(rounds): D = -cv2.remap(F, gx+D[...,0]/Box.step, gy+D[...,1]/Box.step, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return D
+
+# %% ../nbs/04_puppet.ipynb #30f1f4f9
 class Puppet:
     "A person who can be animated"
     n_lids = 7
@@ -157,44 +183,27 @@ class Puppet:
         self.fields = [(g.reshape(7,-1), at[:,:25].reshape(7,-1), at[:,25:]) for g,at in mouth_fields(T, b, np.r_[self.lip, T])]
         self._inside(); self._place(look.zoom)
 
-# %% ../nbs/04_puppet.ipynb #25dc6f55
-@patch
-def _inside(self:Puppet):
-    "Prepare the mouth's inside"
-    h,w = INSIDE; cx = self.T[[61,291],0].mean()
-    self.at = int(cx-w/2),int(seam(self.T, cx)-SEAM_ROW)
-    def shifted(t, dy): return np.roll(t, dy, 0)
-    self.upper = shifted(teeth(**UPPER_TEETH), 3)      # 2 mm show below the seam
-    self.lower = shifted(teeth(**LOWER_TEETH), 2)
-    self.tongue = tongue()
-    y,x = np.mgrid[:h,:w].astype(np.float32)
-    self.dark = np.float32([46,17,17])*((.55+.45*np.exp(-((x-w/2)/26)**2))*(.8+.4*y/h))[...,None]
+    def _inside(self):
+        "Prepare the mouth's inside"
+        h,w = INSIDE; cx = self.T[[61,291],0].mean()
+        self.at = int(cx-w/2),int(seam(self.T, cx)-SEAM_ROW)
+        self.upper,self.lower,self.tongue = np.roll(teeth(**UPPER_TEETH), 3, 0),np.roll(teeth(**LOWER_TEETH), 2, 0),tongue()   # 2 mm show below the seam
+        y,x = np.mgrid[:h,:w].astype(np.float32)
+        self.dark = np.float32([46,17,17])*((.55+.45*np.exp(-((x-w/2)/26)**2))*(.8+.4*y/h))[...,None]
 
-@patch
-def _place(self:Puppet, zoom):
-    "Where canvas pixels come to lie in the frame, and how the head's movements shift them"
-    self.scale = EYES/(55*zoom)*256/self.size
-    self.offset = self.T[PUPILS].mean(0) - self.size*self.scale*np.array([.5,.42])
-    y,x = np.mgrid[:self.size,:self.size].astype(np.float32)*self.scale
-    self.xy = np.stack([x+self.offset[0], y+self.offset[1]]).reshape(2,-1).astype(np.float32)
-    self.head = self.head_moves(*self.xy)
+    def _place(self, zoom):
+        "Where canvas pixels come to lie in the frame, and how the head's movements shift them"
+        self.scale = EYES/(55*zoom)*256/self.size
+        self.offset = self.T[PUPILS].mean(0) - self.size*self.scale*np.array([.5,.42])
+        y,x = np.mgrid[:self.size,:self.size].astype(np.float32)*self.scale
+        self.xy = np.stack([x+self.offset[0], y+self.offset[1]]).reshape(2,-1).astype(np.float32)
+        self.head = head_moves(self.T, *self.xy).reshape(6,-1)
 
-# %% ../nbs/04_puppet.ipynb #0c449b5b
-POSE = ('closer','roll','right','down','yaw','pitch')
+# %% ../nbs/04_puppet.ipynb #1eb6d9d9
+def _check(mouth, pose, blink):
+    got,n = tuple(np.shape(a) for a in (mouth,pose,blink)),len(mouth)
+    if got != ((n,len(MOUTH)), (n,len(POSE)), (n,)): raise ValueError(f'expected mouth (n,{len(MOUTH)}), pose (n,{len(POSE)}) and blink (n,), got {", ".join(map(str, got))}')
 
-@patch
-def head_moves(self:Puppet,
-    X:np.ndarray, # (n,) canvas x
-    Y:np.ndarray, # (n,) canvas y
-)->np.ndarray: # (6,2,n) float32
-    "Displacement of canvas points by each of `POSE` at 1, from the frame back to the canvas"
-    i,(cx,cy),chin = EYES,self.T[1],self.T[CHIN]
-    w = 1-.75*smooth((Y-chin[1])/i); dx,dy,o = X-chin[0],Y-chin[1]-.5*i,0*X
-    def dome(rx, ry, up): return np.exp(-((X-cx)/(rx*i))**2 - ((Y-cy+up*i)/(ry*i))**2)
-    z = w*i*(dome(.95,1.25,.2) + .28*dome(.22,.3,0) - .35)
-    return -np.stack([np.stack(p) for p in ((w*dx,w*dy), (-w*dy,w*dx), (w,o), (o,w), (z,o), (o,z))]).astype(np.float32)
-
-# %% ../nbs/04_puppet.ipynb #2981a4c0
 @patch
 def landmarks(self:Puppet,
     mouth:np.ndarray, # (n,8) movements, as of `mouth_track`
@@ -202,13 +211,14 @@ def landmarks(self:Puppet,
     blink:np.ndarray, # (n,) 0 open … 1 shut
 )->np.ndarray: # (n,478,2) float32, frame pixels
     "Where all landmarks are in each frame: the truth"
+    _check(mouth, pose, blink)
     below = self.T[:,1] > seam(self.T, self.T[:,0]); below[UPPER_OUT+UPPER_IN] = False; below[LOWER_OUT[1:-1]+LOWER_IN[1:-1]] = True
     D = np.where(below[:,None], self.fields[1][2], self.fields[0][2])                # (7,478,2)
     C = self.T + np.einsum('kld,nk->nld', D, mouth[:,:7])
     C[:,LOWER_IN[1:-1],1] = np.maximum(C[:,LOWER_IN[1:-1],1], C[:,UPPER_IN[1:-1],1])
     for up,lo in zip(UPPER_LIDS, LOWER_LIDS): C[:,up[1:-1]] += blink[:,None,None]*(self.T[lo]-self.T[up])[1:-1]
     Q = C.copy()
-    for _ in range(6): Q = C - np.einsum('kdnl,nk->nld', self.head_moves(Q[...,0].ravel(), Q[...,1].ravel()).reshape(6,2,*Q.shape[:2]), pose)
+    for _ in range(6): Q = C - np.einsum('kdnl,nk->nld', head_moves(self.T, Q[...,0].ravel(), Q[...,1].ravel()).reshape(6,2,*Q.shape[:2]), pose)
     return ((Q-self.offset)/self.scale).astype(np.float32)
 
 def inner_gap(
@@ -217,14 +227,7 @@ def inner_gap(
     "Gap between the inner lips, in eye distances: the true mouth opening"
     return np.linalg.norm(lms[:,14]-lms[:,13], axis=-1)/np.linalg.norm(lms[:,473]-lms[:,468], axis=-1)
 
-# %% ../nbs/04_puppet.ipynb #6883f2f8
-@patch
-def _invert(self:Puppet, F, D):
-    "Displacement seen from its destination: `D(x) = -F(x+D(x))`"
-    gy,gx = self._grid
-    for _ in range(4): D = -cv2.remap(F, gx+D[...,0]/Box.step, gy+D[...,1]/Box.step, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    return D
-
+# %% ../nbs/04_puppet.ipynb #d9adcddf
 @patch
 def _skin(self:Puppet, out, upper, lower, U, L):
     "Move the skin of both layers in `out`; `U`, `L` (25,2) are the edges of the lips"
@@ -237,7 +240,7 @@ def _skin(self:Puppet, out, upper, lower, U, L):
     F += self._base
     out[b.slice] = cv2.remap(self.rest, F, None, cv2.INTER_LINEAR)
 
-# %% ../nbs/04_puppet.ipynb #2f5340e1
+# %% ../nbs/04_puppet.ipynb #5872fbda
 @patch
 def _cavity(self:Puppet, out, U, L, jaw, roundness, tip):
     "Paint what is seen between the lips into `out`; `tip` is the tongue's"
@@ -254,7 +257,7 @@ def _cavity(self:Puppet, out, U, L, jaw, roundness, tip):
     q = out[y0:y0+h,x0:x0+w,:3]
     q[:] = (q+(c-q)*m[...,None]+.5).astype(np.uint8)
 
-# %% ../nbs/04_puppet.ipynb #1eb6d9d9
+# %% ../nbs/04_puppet.ipynb #1434cabf
 @patch
 def render(self:Puppet,
     mouth:np.ndarray, # (n,8) movements, as of `mouth_track`
@@ -265,19 +268,20 @@ def render(self:Puppet,
     level:np.ndarray, # (n,) gain of every frame
 ): # Yields (size,size,3) uint8 RGB
     "Draw the frames"
+    _check(mouth, pose, blink)
     b,n,s = self.box,len(mouth),self.size; out = self.rest.copy()
-    self._grid = np.mgrid[:b.shape[0],:b.shape[1]].astype(np.float32); self._fine = b.px/b.step,b.py/b.step
+    self._fine = b.px/b.step,b.py/b.step
     self._base,self._above = np.dstack([b.px+b.x, b.py+b.y]),np.zeros((b.h,b.w), np.uint8)
-    k = np.ascontiguousarray(mouth[:,:7], np.float32); pose = np.float32(pose); head = self.head.reshape(6,-1)
+    k = np.ascontiguousarray(mouth[:,:7], np.float32); pose = np.float32(pose)
     fields = [(k@g).reshape(n,*b.shape,2) for g,*_ in self.fields]; edges = [(k@e).reshape(n,25,2)+self.lip for _,e,_ in self.fields]
     inv = [np.zeros((*b.shape,2), np.float32)]*2
     for i in range(n):
-        inv = [self._invert(f[i], d) for f,d in zip(fields, inv)]
+        inv = [invert(f[i], d) for f,d in zip(fields, inv)]
         U,L = edges[0][i],edges[1][i]; L[:,1] = np.maximum(L[:,1], U[:,1])
         self._skin(out, *inv, U, L)
         if (L-U)[:,1].max() > .3: self._cavity(out, U, L, mouth[i,0], mouth[i,2], mouth[i,7])
         for where,states in self.lids: out[where] = states[round(float(blink[i])*(self.n_lids-1))]
-        x,y = ((pose[i]@head).reshape(2,-1) + self.xy).reshape(2,s,s)
+        x,y = ((pose[i]@self.head).reshape(2,-1) + self.xy).reshape(2,s,s)
         f = cv2.remap(out, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
         back = cv2.multiply(scene, cv2.cvtColor(255-f[...,3], cv2.COLOR_GRAY2RGB), scale=1/255)
         yield cv2.multiply(cv2.add(cv2.cvtColor(f, cv2.COLOR_RGBA2RGB), back), light, scale=float(level[i]), dtype=cv2.CV_8U)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GAP', 'CTX', 'MARK', 'Refs', 'pick_refs', 'LipSync', 'token_rows', 'batches', 'Stopwatch', 'make_report',
-           'lipsync_infer']
+           'spare_core', 'lipsync_infer']
 
 # %% ../../nbs/51_infer.core.ipynb #69c8b05f
 import time
@@ -133,7 +133,7 @@ def paint(self:LipSync,
     y = self.gen.smooth(raw, prev)[0].clamp(0, 1)
     return list((y*255).round().byte().permute(0,2,3,1).cpu().numpy()), raw[:,-1:]
 
-# %% ../../nbs/51_infer.core.ipynb #f77698f4
+# %% ../../nbs/51_infer.core.ipynb #666af2c5
 def batches(
     ok:np.ndarray, # (m,) bool: can the frame be dubbed?
     cut:np.ndarray, # (m,) bool: does a shot begin with it?
@@ -145,7 +145,7 @@ def batches(
     for a,b in zip(ends[:-1], ends[1:]):
         for i in range(a, b, most): yield i, min(i+most, b), i == a
 
-# %% ../../nbs/51_infer.core.ipynb #666af2c5
+# %% ../../nbs/51_infer.core.ipynb #51bd3940
 class Stopwatch(dict):
     "Seconds spent in each stage"
     @contextmanager
@@ -158,7 +158,7 @@ class Stopwatch(dict):
         "The next `n` items, on this stage's time"
         with self(stage): return [next(it) for _ in range(n)]
 
-# %% ../../nbs/51_infer.core.ipynb #d9446c2f
+# %% ../../nbs/51_infer.core.ipynb #5e562220
 @patch
 def frames(self:LipSync,
     scene:Scene, # What `scout` found
@@ -184,7 +184,7 @@ def frames(self:LipSync,
             with watch('paste'): out = paste(f, c, M, w, self.alpha)
             yield out
 
-# %% ../../nbs/51_infer.core.ipynb #41f4f777
+# %% ../../nbs/51_infer.core.ipynb #82267b93
 MARK = 'AI-generated lip-sync by lipsync_nb'
 
 def _check_output(output, inputs):
@@ -210,7 +210,16 @@ def make_report(
         references=dict(early=[seen[j] for j in refs.early], late=[seen[j] for j in refs.late], least_distance=refs.gap),
         seconds={**{k:round(v, 3) for k,v in watch.items()}, 'total':round(total, 3)}, fps=round(n/total, 1))
 
-# %% ../../nbs/51_infer.core.ipynb #4d9a3fa9
+# %% ../../nbs/51_infer.core.ipynb #f0711e37
+@contextmanager
+def spare_core():
+    "One torch thread fewer, for as long as the block lasts"
+    n = torch.get_num_threads()
+    torch.set_num_threads(max(1, n-1))
+    try: yield
+    finally: torch.set_num_threads(n)
+
+# %% ../../nbs/51_infer.core.ipynb #3d0d2927
 @patch
 def dub(self:LipSync,
     video, # A video, a picture, or what `scout` found in one
@@ -226,7 +235,7 @@ def dub(self:LipSync,
     if follow not in ('video','audio'): raise LipSyncError(f"cannot follow '{follow}'; choose video or audio")
     output,watch = Path(output),Stopwatch()
     _check_output(output, [audio, video.film.path if isinstance(video, Scene) else video])
-    with atomic_path(output) as tmp, atomic_path(report) if report else nullcontext() as note:
+    with spare_core(), atomic_path(output) as tmp, atomic_path(report) if report else nullcontext() as note:
         with watch('sound'): wav = read_audio(audio)
         with watch('scout'): scene = video if isinstance(video, Scene) else scout(video, self.size)
         free = follow == 'audio' or scene.film.still
@@ -243,7 +252,7 @@ def dub(self:LipSync,
         if note: save_json(rep, note)
     return rep
 
-# %% ../../nbs/51_infer.core.ipynb #deae61c2
+# %% ../../nbs/51_infer.core.ipynb #6a635b64
 @cli
 def lipsync_infer(
     checkpoint:Path=None, # The trained generator, a .safetensors file

@@ -17,8 +17,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import FPS, LipSyncError, mask_box, mouth_mask, track
-from lipsync_nb.data.face import (STABLE, FaceMesh, apply_affine, crop_matrix, face_patch, find_cuts, fit_similarity, mouth_opening,
-    need, smooth_align)
+from ..data.face import STABLE, FaceMesh, apply_affine, crop_matrix, face_patch, find_cuts, fit_similarity
+from ..data.face import mouth_opening, need, smooth_align
 from ..media import _open, _origin, _rgb, _timed, is_image, probe, read_frames, read_image
 
 # %% ../../nbs/50_infer.film.ipynb #d30dd80a

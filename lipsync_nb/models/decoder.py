@@ -82,9 +82,9 @@ class DecoderCfg:
     "What a `Decoder` is made of"
     size:int=96                 # Height and width of the crop
     stem:int=2                  # Pixels a side of the finest cells
-    see:tuple=(32,64,128,224)   # Channels for the visible frame at each scale, finest first
+    see:tuple=(32,64,128,192)   # Channels for the visible frame at each scale, finest first
     see_blocks:tuple=(0,1,1,1)  # Residual blocks there
-    chs:tuple=(64,128,240,320)  # Channels of the decoder at each scale
+    chs:tuple=(80,152,224,276)  # Channels of the decoder at each scale
     blocks:tuple=(2,2,2,1)      # Residual blocks there
     att:tuple=(1,2)             # Scales that attend to the audio
     cell:int=8                  # Cells of at most so many pixels are cut to the box

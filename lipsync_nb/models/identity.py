@@ -50,7 +50,7 @@ class Pyramid(nn.Module):
 class IdentityCfg:
     "What an `IdentityEncoder` is made of"
     stem:int=2                 # Pixels a side of a tile: the finest scale is 1/stem of the picture
-    chs:tuple=(48,96,128,256)  # Channels at each scale, finest first
+    chs:tuple=(48,96,128,224)  # Channels at each scale, finest first
     blocks:tuple=(1,1,1,1)     # Residual blocks at each scale
     d:int=256                  # Size of the identity vector
 
@@ -58,7 +58,7 @@ _base = IdentityCfg()
 identity_presets = dict(
     demo=replace(_base, stem=4, chs=(32,64,64), blocks=(1,1,1), d=64),
     base=_base,
-    hd=replace(_base, stem=4, chs=(64,96,128,256)))
+    hd=replace(_base, stem=4, chs=(64,96,128,224)))
 
 # %% ../../nbs/23_models.identity.ipynb #10935518
 class IdentityEncoder(CfgModule):
