@@ -74,7 +74,7 @@ class DemoCfg:
     seed:int = 0
     workers:int = 2
 
-EXPECTED = dict(corpus=60, preprocess=50, expert=60, training=200, dubbing=50, report=10) # seconds, two cores
+EXPECTED = dict(corpus=37, preprocess=38, expert=34, training=156, dubbing=24, report=5) # seconds on two idle cores, the pace that `Phases` starts from
 
 def make_data(
     out:Path, # Folder of the demo

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FPS', 'SR', 'HOP', 'N_MELS', 'MPF', 'MASK_BOX', 'mask_box', 'mouth_mask', 'LipSyncError', 'atomic_path', 'save_json',
-           'load_json', 'cfg_hash', 'quiet', 'track', 'cli']
+           'load_json', 'cfg_hash', 'quiet', 'track', 'hushed', 'cli']
 
 # %% ../nbs/00_core.ipynb #361237b9
 import hashlib, inspect, json, os, shutil, sys
@@ -110,6 +110,17 @@ def track(
     return tqdm(it, desc=desc, total=total, disable=quiet(), dynamic_ncols=True, mininterval=.5, leave=False)
 
 # %% ../nbs/00_core.ipynb #d7305158
+@contextmanager
+def hushed():
+    "No new progress bars within the block"
+    before = os.environ.get('LIPSYNC_QUIET')
+    os.environ['LIPSYNC_QUIET'] = '1'
+    try: yield
+    finally:
+        if before is None: del os.environ['LIPSYNC_QUIET']
+        else: os.environ['LIPSYNC_QUIET'] = before
+
+# %% ../nbs/00_core.ipynb #1d4d662c
 def _is_script(frame):
     "Is `frame` the body of a file that is being run (console script, `python -m`), not imported?"
     g = frame.f_globals

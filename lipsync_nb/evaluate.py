@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import FPS, mouth_mask, track
+from .core import FPS, hushed, mouth_mask, track
 from .data.audio import mel_spectrogram
 from .data.face import FaceMesh, fit_align, mouth_opening, track_faces, warp_crop
 from .demo import load_truth
@@ -72,8 +72,11 @@ def dub_set(
 )->list: # For each clip: what was observed on its 'real', 'dubbed', 'swapped' and 'static' video
     "Dub every clip with its own sound, with another's, and with a static mouth"
     static = LipSync(gen=StaticMouth(lip.gen.cfg), device=lip.device)
-    with ThreadPoolExecutor(workers) as ex:
-        return list(track(ex.map(lambda i: _dubs(lip, static, clips, i, work), range(len(clips))), 'dubbing', len(clips)))
+    bar = track(None, 'dubbing', len(clips))
+    def one(i):
+        out = _dubs(lip, static, clips, i, work); bar.update()
+        return out
+    with hushed(), bar, ThreadPoolExecutor(workers) as ex: return list(ex.map(one, range(len(clips))))
 
 # %% ../nbs/58_evaluate.ipynb #9f159d76
 def summary(

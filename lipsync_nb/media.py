@@ -14,6 +14,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from fastcore.basics import patch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -74,7 +75,7 @@ class VideoWriter:
         self.path,self.fps,self.sr,self.crf,self.preset,self.comment,self.threads = Path(path),Fraction(fps).limit_denominator(90_000),sr,crf,preset,comment,threads
         if self.path.is_dir(): raise LipSyncError(f'{path} is a folder; name a file to write, such as {self.path/"out.mp4"}')
         self.audio = None if audio is None else np.atleast_2d(np.asarray(audio, np.float32).T)  # (channels,n)
-        self.n,self.pos,self.v,self.last = 0,0,None,-1
+        self.n,self.pos,self.v,self.last,self.convert = 0,0,None,-1,VideoReformatter()   # kept: a new converter a frame costs three times as much
 
     def __enter__(self):
         self._atomic = atomic_path(self.path); tmp = self._atomic.__enter__()
@@ -117,7 +118,7 @@ def write(self:VideoWriter,
     if self.v is None: self._start(*frame.shape[:2])
     if frame.shape != (self.v.height, self.v.width, 3):
         raise ValueError(f'expected a frame of {(self.v.height, self.v.width, 3)} like the first, got {frame.shape}')
-    f = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24').reformat(format=self.v.pix_fmt, dst_colorspace='ITU709', dst_color_range='MPEG')
+    f = self.convert.reformat(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24'), format=self.v.pix_fmt, dst_colorspace='ITU709', dst_color_range='MPEG')
     pts = round((Fraction(self.n)/self.fps if t is None else t)*90_000)
     if pts <= self.last: raise ValueError(f'frame {self.n} at {t} s is not after the one before it')
     f.pts,f.time_base,self.last,self.n = pts,Fraction(1, 90_000),pts,self.n+1

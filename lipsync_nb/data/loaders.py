@@ -146,7 +146,7 @@ def show_batch(
     for ax,s in zip(axs[0], ['window']*x.shape[1] + ['reference']*r.shape[1] + ['sound']): ax.set_title(s, fontsize=7)
     return fig
 
-# %% ../../nbs/17_data.loaders.ipynb #6e786872
+# %% ../../nbs/17_data.loaders.ipynb #a8b8028b
 class ListenBatches:
     "Batch `i` of sound with the mouth shapes that it made"
     def __init__(self,
@@ -168,7 +168,7 @@ class ListenBatches:
             ss.append(np.pad(known, ((0,self.t-len(known)),(0,0)), constant_values=np.nan))
         return torch.from_numpy(np.stack(ms)).float(), torch.from_numpy(np.stack(ss))
 
-# %% ../../nbs/17_data.loaders.ipynb #4221ae92
+# %% ../../nbs/17_data.loaders.ipynb #82a7e44d
 def spaced(
     rng, # NumPy generator
     starts:np.ndarray, # Where a window can start, in order
@@ -205,7 +205,7 @@ class SyncBatches:
                 xs.append(c.crops[s:s+self.t]); ms.append(mel_window(c.mel, s, self.t)); gs.append(g)
         return images(xs), torch.from_numpy(np.stack(ms)).float(), torch.tensor(gs)
 
-# %% ../../nbs/17_data.loaders.ipynb #37c425dd
+# %% ../../nbs/17_data.loaders.ipynb #bec9baa0
 class StepLoader:
     "Batches `epoch*n … epoch*n+n-1` of a batch function"
     def __init__(self,

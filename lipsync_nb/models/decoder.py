@@ -72,7 +72,8 @@ class DecoderLevel(nn.Module):
         cond:Tensor, # Conditioning vector (b,nd)
         windows:Tensor, # Audio tokens (b,w,d)
     )->Tensor: # (b,no,*hw)
-        x = torch.cat([*maps, self.canvas.expand(len(cond), -1, -1, -1)], 1)
+        canvas = self.canvas.expand(len(cond), -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        x = torch.cat([*maps, canvas], 1)
         for block in self.blocks: x = block(x, cond)
         return x if self.att is None else self.att(x, windows)
 

@@ -60,7 +60,7 @@ def _stages(listen, coarse, sync, full):
 RUNS = dict(
     demo=TrainCfg('demo', _stages(
         listen=dict(steps=400, bs=32, lr=2e-3),
-        coarse=dict(steps=560, t=1, bs=16, lr=2e-3, frozen_ear=True),
+        coarse=dict(steps=800, t=1, bs=16, lr=2e-3, frozen_ear=True),
         sync=dict(steps=100, t=5, bs=4, lr=5e-4, ramp=20),
         full=dict(steps=80, lr=3e-4, warm=8)), ctx=12, refs=1, epoch=80, valid=4),
     base=TrainCfg('base', _stages(

@@ -190,7 +190,7 @@ class StepLog(Callback):
     def before_fit(self): self.sums,self.n = {},0
 
     def _add(self, d):
-        for k,v in d.items(): self.sums.setdefault(k, []).append(float(v))
+        for k,v in d.items(): self.sums.setdefault(k, []).append(float(v.detach() if isinstance(v, Tensor) else v))
 
     def _flush(self, **more):
         if self.sums: self.log.log(self.first+self.loss_func.step, self.stage, **{k: sum(v)/len(v) for k,v in self.sums.items()}, **more)

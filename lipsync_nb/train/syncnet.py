@@ -44,7 +44,7 @@ class ExpertCfg:
     seed:int      = 0
 
 EXPERTS = dict(base=ExpertCfg(), hd=ExpertCfg(preset='hd'),
-    demo=ExpertCfg('demo', steps=420, lr=1.5e-3, groups=8, per_clip=8, epoch=70))
+    demo=ExpertCfg('demo', steps=300, lr=1.5e-3, groups=8, per_clip=8, epoch=60))
 
 # %% ../../nbs/43_train.syncnet.ipynb #87e93b5b
 @torch.inference_mode()
