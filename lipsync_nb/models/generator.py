@@ -54,26 +54,7 @@ class Generator(CfgModule):
         self.smoother = FlowSmoother(cfg.smoother)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self,
-        frames:Tensor, # (b,t,3,size,size) in [0,1]; what lies under the mask is not looked at
-        refs:Tensor, # (b,r,3,size,size) in [0,1]: the same person
-        mel:Tensor, # (b,4*(t+2c),80): the window's sound and `c` frames more on each side
-    )->Tensor: # `frames` with the mouth painted
-        check_shape(frames, f'b,t,3,{self.cfg.size},{self.cfg.size}', 'frames')
-        check_shape(refs, f'{len(frames)},r,3,{self.cfg.size},{self.cfg.size}', 'refs')
-        c = self.context(frames.shape[1], mel)
-        return self.smooth(self.paint(frames, self.encode_refs(refs), self.encode_audio(mel), c))
-
-    def context(self,
-        t:int, # Frames of the window
-        mel:Tensor, # (b,n,80)
-    )->int: # Frames of sound on each side
-        "How much more sound there is than frames"
-        n = mel.shape[1]
-        if n<MPF*t or (n-MPF*t)%(2*MPF): raise ValueError(f'mel: expected {MPF}·({t}+2c) rows for {t} frames, c a whole number of frames, got {n}')
-        return (n-MPF*t)//(2*MPF)
-
-# %% ../../nbs/27_models.generator.ipynb #c2f5a62f
+# %% ../../nbs/27_models.generator.ipynb #47a31b07
 @patch
 def encode_audio(self:Generator,
     mel:Tensor, # (b,4n,80)
@@ -95,7 +76,7 @@ def shape_head(self:Generator,
     "Tell the mouth's shape of every frame from sound alone"
     return self.shape(self.ear(audio_windows(tokens, tokens.shape[1]//2, 0, self.cfg.fusion.k)))
 
-# %% ../../nbs/27_models.generator.ipynb #47a31b07
+# %% ../../nbs/27_models.generator.ipynb #0f62abe1
 @patch
 def paint(self:Generator,
     frames:Tensor, # (b,t,3,size,size)
@@ -105,6 +86,7 @@ def paint(self:Generator,
     shape:Tensor|None=None, # (b,t,3): paint this mouth shape instead of the one that is heard
 )->Tensor: # (b,t,3,size,size), each frame for itself
     "Paint the mouth of every frame"
+    check_shape(frames, f'b,t,3,{self.cfg.size},{self.cfg.size}', 'frames')
     b,t = frames.shape[:2]
     windows = audio_windows(tokens, t, c, self.cfg.fusion.k)             # (b,t,w,d)
     heard,(feats,vec) = self.ear(windows),ident
@@ -120,3 +102,25 @@ def smooth(self:Generator,
 )->Tensor: # (b,t,3,size,size)
     "Calm what was painted, frame against frame"
     return self.smoother(painted, prev)
+
+# %% ../../nbs/27_models.generator.ipynb #4e8b6751
+@patch
+def context(self:Generator,
+    t:int, # Frames of the window
+    mel:Tensor, # (b,n,80)
+)->int: # Frames of sound on each side
+    "How much more sound there is than frames"
+    n = mel.shape[1]
+    if n<MPF*t or (n-MPF*t)%(2*MPF): raise ValueError(f'mel: expected {MPF}·({t}+2c) rows for {t} frames, c a whole number of frames, got {n}')
+    return (n-MPF*t)//(2*MPF)
+
+@patch
+def forward(self:Generator,
+    frames:Tensor, # (b,t,3,size,size) in [0,1]; what lies under the mask is not looked at
+    refs:Tensor, # (b,r,3,size,size) in [0,1]: the same person
+    mel:Tensor, # (b,4*(t+2c),80): the window's sound and `c` frames more on each side
+)->Tensor: # `frames` with the mouth painted
+    check_shape(frames, f'b,t,3,{self.cfg.size},{self.cfg.size}', 'frames')
+    check_shape(refs, f'{len(frames)},r,3,{self.cfg.size},{self.cfg.size}', 'refs')
+    c = self.context(frames.shape[1], mel)
+    return self.smooth(self.paint(frames, self.encode_refs(refs), self.encode_audio(mel), c))
