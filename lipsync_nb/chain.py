@@ -49,8 +49,8 @@ class Phases:
 
     @contextmanager
     def __call__(self, name):
-        k,n,t = list(self.expected).index(name)+1,len(self.expected),self.left()
-        self.show(f'[{k}/{n}] {name:<11} about {t/60:.0f} min {t%60//10*10:.0f} s to go')
+        k,n,t = list(self.expected).index(name)+1,len(self.expected),int(self.left())
+        self.show(f'[{k}/{n}] {name:<11} about {t//60} min {t%60//10*10} s to go')
         start = time.perf_counter(); yield
         self.seconds[name] = time.perf_counter()-start
 

@@ -157,10 +157,11 @@ WEIGHTS  = np.array([.25 if 63 <= i <= 107 or i in (293,296,300,334,336) else 1.
 # %% ../../nbs/11_data.face.ipynb #e8e452f3
 def fit_similarity(
     pts:np.ndarray, # Points (n,k,2)
-    target:np.ndarray=TEMPLATE, # Where they should go (k,2)
-    w:np.ndarray=WEIGHTS, # Weight of each point (k,)
+    target:np.ndarray=None, # Where they should go (k,2); `TEMPLATE` if not given
+    w:np.ndarray=None, # Weight of each point (k,); `WEIGHTS` if not given
 )->np.ndarray: # (n,2,3): matrices from points to target
     "Least-squares similarity transforms (Umeyama 1991)"
+    target,w = TEMPLATE if target is None else target,WEIGHTS if w is None else w
     w = w/w.sum()
     z,d = pts[...,0] + 1j*pts[...,1], target[:,0] + 1j*target[:,1]
     z0,d0 = z@w, d@w                                           # centres

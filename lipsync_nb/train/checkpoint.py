@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError,safe_open
-from safetensors.torch import load_file,save_file
+from safetensors.torch import load_file,save as to_bytes
 from torch import nn
 
 from ..core import LipSyncError,atomic_path,load_json,save_json
@@ -78,7 +78,7 @@ def save_model(
     find_class(class_name(type(m)))
     head = {'schema':str(SCHEMA), 'class':class_name(type(m)), 'cfg':json.dumps(asdict(m.cfg)), 'meta':json.dumps(meta)}
     with atomic_path(path) as tmp, disk_errors(path):
-        save_file({k:v.detach().cpu().contiguous() for k,v in m.state_dict().items()}, tmp, metadata=head)
+        tmp.write_bytes(to_bytes({k:v.detach().cpu().contiguous() for k,v in m.state_dict().items()}, head))  # `save_file` would lock others out (mode 600)
     return path
 
 # %% ../../nbs/41_train.checkpoint.ipynb #80cf3b90
