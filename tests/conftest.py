@@ -1,11 +1,14 @@
 "What the tests of the repository share: where it is, its settings, its notebooks and which module each one makes"
-import importlib.util, json, re
+import importlib.util, json, re, signal
 from configparser import ConfigParser
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A shell that starts a job in the background makes it ignore Ctrl-C, and children inherit that: tests that press it want it back
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def read_notebook(path):
     "One library notebook: its number, title cell, cells, and the module that it exports to (None for a page of prose)"
