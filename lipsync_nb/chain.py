@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import LipSyncError, cli, quiet, save_json
+from .core import LipSyncError, cli, save_json
 from .data.index import build_index, load_index
 from .data.loaders import ClipStore
 from .data.preprocess import preprocess
@@ -26,7 +26,7 @@ from .media import contact_sheet, write_audio
 from .metrics import speech_mask
 from .models.generator import Generator
 from .models.syncnet import SyncNet
-from .report import clip, fmt, page, picture, plot, row, table, text
+from .report import clip, page, picture, plot, row, table, text
 from .speech import speak
 from .train.checkpoint import load_model, model_info
 from .train.learner import RUNS, Run, TrainCfg

@@ -7,7 +7,6 @@ __all__ = ['VideoInfo', 'probe', 'VideoWriter', 'write_video', 'read_frames', 'r
            'is_image', 'save_image', 'contact_sheet']
 
 # %% ../nbs/01_media.ipynb #e31eb4bb
-import os
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path

@@ -18,7 +18,6 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler, combined_cos
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import MPF, LipSyncError, cli, track
