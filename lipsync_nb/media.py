@@ -9,7 +9,9 @@ __all__ = ['VideoInfo', 'probe', 'VideoWriter', 'write_video', 'read_frames', 'r
 # %% ../nbs/01_media.ipynb #e31eb4bb
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
+from stat import S_ISDIR
 
 import av
 import numpy as np
@@ -20,13 +22,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .core import FPS, SR, LipSyncError, atomic_path
 
 # %% ../nbs/01_media.ipynb #cae7f088
-def _open(path):
+def _open(path, **options):
     "Open a media file, or say in one sentence why that cannot be done"
     path = Path(path)
-    if not path.exists(): raise LipSyncError(f'{path} does not exist; check the path')
-    if path.is_dir(): raise LipSyncError(f'{path} is a folder; give a file')
-    if path.stat().st_size == 0: raise LipSyncError(f'{path} is empty (0 bytes); copy it again')
-    try: return av.open(str(path))
+    try: s = path.stat()
+    except (FileNotFoundError, NotADirectoryError): raise LipSyncError(f'{path} does not exist; check the path') from None
+    except OSError as e: raise LipSyncError(f'{path} cannot be reached ({e.strerror}); check the folders above it') from None
+    if S_ISDIR(s.st_mode): raise LipSyncError(f'{path} is a folder; give a file')
+    if s.st_size == 0: raise LipSyncError(f'{path} is empty (0 bytes); copy it again')
+    try: return av.open(str(path), options=options)
     except (av.error.FFmpegError, OSError) as e:
         raise LipSyncError(f'{path} cannot be read as video or sound ({e.strerror}); give a file that plays') from None
 
@@ -35,30 +39,36 @@ def _open(path):
 class VideoInfo:
     "What the headers of a media file say"
     path:Path
-    width:int           # As coded, before any rotation; 0 without a video stream
+    width:int           # As coded, before any rotation; 0 without a video stream that can be decoded
     height:int
     fps:float           # Average frames a second; 0 where unknown
     n_frames:int        # As the container counts them, or duration × fps
     duration:float      # Seconds
-    codec:str           # Video codec; '' without a video stream
+    codec:str           # Video codec; '' without a video stream, '?' where FFmpeg does not know it
     has_audio:bool
-    sample_rate:int     # 0 without sound
+    sample_rate:int     # 0 without sound that can be decoded
     channels:int        # 0 without sound
 
-# %% ../nbs/01_media.ipynb #27cae680
+# %% ../nbs/01_media.ipynb #5d4571a5
+def _info(path, c):
+    "What the open container `c` says"
+    v = next(iter(c.streams.video), None); a = next(iter(c.streams.audio), None)
+    pic,snd = v and v.codec_context,a and a.codec_context          # `None` where FFmpeg does not know the coding
+    fps = float(v.average_rate or v.guessed_rate or 0) if v else 0.
+    dur = float(v.duration*v.time_base) if v and v.duration else (c.duration or 0)/av.time_base
+    return VideoInfo(Path(path), pic.width if pic else 0, pic.height if pic else 0, fps,
+        (v.frames or (round(dur*fps) if v.duration != 0 else 0)) if v else 0, dur, pic.name if pic else '?' if v else '',
+        a is not None, snd.sample_rate if snd else 0, snd.channels if snd else 0)
+
 def probe(
     path, # A media file
 )->VideoInfo:
-    "Read the headers of `path`; decodes nothing"
-    with _open(path) as c:
-        v = next(iter(c.streams.video), None); a = next(iter(c.streams.audio), None)
-        fps = float(v.average_rate or v.guessed_rate or 0) if v else 0.
-        dur = float(v.duration*v.time_base) if v and v.duration else (c.duration or 0)/av.time_base
-        return VideoInfo(Path(path), v.width if v else 0, v.height if v else 0, fps,
-            (v.frames or round(dur*fps)) if v else 0, dur, v.codec_context.name if v else '',
-            a is not None, a.sample_rate if a else 0, a.channels if a else 0)
+    "Read the headers of `path`; decodes nothing that they tell"
+    with _open(path, codec_whitelist='none') as c: i = _info(path, c)        # no decoder has that name
+    if (i.width and i.fps and i.duration or not i.codec) and (i.sample_rate or not i.has_audio): return i
+    with _open(path) as c: return _info(path, c)
 
-# %% ../nbs/01_media.ipynb #4d7bfe37
+# %% ../nbs/01_media.ipynb #7947c6b5
 class VideoWriter:
     "Write frames, and optionally sound, to an MP4 that appears only when it is whole"
     def __init__(self,
@@ -82,7 +92,7 @@ class VideoWriter:
         if self.comment: self.c.metadata['comment'] = self.comment
         return self
 
-# %% ../nbs/01_media.ipynb #33acb353
+# %% ../nbs/01_media.ipynb #328ee5c0
 @patch
 def _start(self:VideoWriter, h, w):
     "Open the streams once the picture's size is known"
@@ -107,7 +117,7 @@ def _push_audio(self:VideoWriter, until):
         self.pos += f.samples
         self.c.mux(self.a.encode(f))
 
-# %% ../nbs/01_media.ipynb #328ee5c0
+# %% ../nbs/01_media.ipynb #3a6e50e6
 @patch
 def write(self:VideoWriter,
     frame:np.ndarray, # (h,w,3) uint8 RGB
@@ -136,7 +146,7 @@ def __exit__(self:VideoWriter, kind, err, tb):
         self.c.close()
         self._atomic.__exit__(kind, err, tb)
 
-# %% ../nbs/01_media.ipynb #d4576381
+# %% ../nbs/01_media.ipynb #d4bfacc7
 def write_video(
     path, # File to write, `.mp4`
     frames, # Iterable of (h,w,3) uint8 RGB
@@ -152,11 +162,12 @@ def write_video(
         for i,f in enumerate(frames): w.write(f, None if times is None else times[i])
     return Path(path)
 
-# %% ../nbs/01_media.ipynb #34d3d8a3
+# %% ../nbs/01_media.ipynb #1dd5bc98
 def _timed(c, path, threads):
     "Decoded frames with their times in seconds, the first one's unchanged"
     v = next(iter(c.streams.video), None)
     if v is None: raise LipSyncError(f'{path} has no picture track; give a video')
+    if v.codec_context is None: raise LipSyncError(f'the picture of {path} is in a coding that cannot be decoded here; convert it to H.264')
     if threads: v.codec_context.thread_count = threads
     else: v.thread_type = 'AUTO'
     t = None
@@ -177,10 +188,38 @@ def _steady(timed, fps):
         th,held = t,f
     while held is not None and t0 + slot/fps < th+gap - 1e-6: yield slot/fps, held; slot += 1
 
-# %% ../nbs/01_media.ipynb #896ce232
+# %% ../nbs/01_media.ipynb #5fde712b
+_HDR = {16:'PQ', 18:'HLG'}                                       # transfer functions, as H.273 numbers them
+_TO_709 = np.float32([[1.6605,-.5876,-.0728],[-.1246,1.1329,-.0083],[-.0182,-.1006,1.1187]]) # linear BT.2020 → BT.709 (ITU-R BT.2087)
+
+def _pq(e):
+    "Nits of a PQ signal (SMPTE ST 2084)"
+    p = e**(1/78.84375)
+    return 10_000*(np.maximum(p-.8359375, 0)/(18.8515625-18.6875*p))**(1/.1593017578125)
+
+def _hlg(e):
+    "Nits of an HLG signal on a screen of 1000 nits (ITU-R BT.2100)"
+    return 1000*np.where(e <= .5, e*e/3, (np.exp((e-.55991073)/.17883277)+.28466892)/12)**1.2
+
+@lru_cache
+def _curves(kind):
+    "Tables: 8-bit signal → light, where 1 is white; and light/4096 → 8-bit sRGB"
+    e = np.arange(256)/255; x = np.arange(4097)/4096
+    light = (_pq if kind == 'PQ' else _hlg)(e)/203
+    return light.astype(np.float32), np.round(255*np.where(x <= .0031308, 12.92*x, 1.055*x**(1/2.4)-.055)).astype(np.uint8)
+
+def _tone(a, kind):
+    "HDR signal (h,w,3) uint8 → ordinary RGB"
+    light,srgb = _curves(kind)
+    x = np.maximum(light[a] @ _TO_709.T, 0); m = np.maximum(x.max(-1, keepdims=True), 1e-6)
+    knee = .8; x *= np.where(m <= knee, 1, (knee + (1-knee)*(1-np.exp(-np.maximum(m-knee, 0)/(1-knee))))/m)
+    return srgb[(x*4096).astype(np.uint16)]
+
+# %% ../nbs/01_media.ipynb #2de48e79
 def _rgb(f):
     "Upright (h,w,3) uint8"
     a = f.to_ndarray(format='rgb24')
+    if f.color_trc in _HDR: a = _tone(a, _HDR[f.color_trc])
     return np.ascontiguousarray(np.rot90(a, f.rotation//90)) if f.rotation else a
 
 def read_frames(
@@ -195,7 +234,7 @@ def read_frames(
             if t0 is None: t0 = t
             yield t-t0, _rgb(f)
 
-# %% ../nbs/01_media.ipynb #b949e234
+# %% ../nbs/01_media.ipynb #28b0fe93
 def _origin(c):
     "The time at which the picture starts, else the sound: the zero of every time in this library"
     s = (list(c.streams.video) or list(c.streams.audio))[0]
@@ -223,7 +262,7 @@ def read_audio(
     wav = np.pad(wav, (lead,0)) if lead > 0 else wav[-lead:]
     return np.clip(wav, -1, 1)
 
-# %% ../nbs/01_media.ipynb #3a565005
+# %% ../nbs/01_media.ipynb #69ddbd51
 def write_audio(
     path, # File to write, `.wav`
     wav:np.ndarray, # (n,) or (n,channels) float32 in [-1,1]
@@ -234,7 +273,7 @@ def write_audio(
     with atomic_path(path) as tmp: soundfile.write(tmp, wav, sr, subtype='PCM_16')
     return Path(path)
 
-# %% ../nbs/01_media.ipynb #28b0fe93
+# %% ../nbs/01_media.ipynb #1f6719bf
 def read_image(path)->np.ndarray: # (h,w,3) uint8 RGB
     "Read a picture, upright; transparency becomes white"
     if not Path(path).is_file(): raise LipSyncError(f'{path} does not exist; check the path')
@@ -259,7 +298,7 @@ def save_image(
     with atomic_path(path) as tmp: Image.fromarray(img).save(tmp)
     return Path(path)
 
-# %% ../nbs/01_media.ipynb #56ee6ac7
+# %% ../nbs/01_media.ipynb #139d8f21
 def contact_sheet(
     images, # Sequence of (h,w,3) uint8 of one size
     ncols:int=8, # Pictures a row

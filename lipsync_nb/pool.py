@@ -30,6 +30,7 @@ def _serve(conn, name):
             except Exception as e: out = TaskError('raised', f'{type(e).__name__}: {e}')
             conn.send((i, out))
     except (EOFError, BrokenPipeError): pass                     # the parent is gone
+    finally: signal.signal(signal.SIGTERM, signal.SIG_DFL)       # from here on there is nothing to tidy up
 
 class TaskError(Exception):
     "What became of an item that gave no result: it `raised`, its worker `died`, or it was too `late`"

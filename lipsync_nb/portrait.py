@@ -9,15 +9,13 @@ __all__ = ['CANVAS', 'EYES', 'PUPILS', 'UPPER_OUT', 'UPPER_IN', 'LOWER_OUT', 'LO
            'hair_mask', 'recolour', 'put_glasses', 'garment', 'clean_edges', 'dress']
 
 # %% ../nbs/03_portrait.ipynb #861964ea
-import os, sys
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from .core import LipSyncError
+from .core import LipSyncError, mute_stderr
 from .media import read_image
 
 # %% ../nbs/03_portrait.ipynb #aca6ff9a
@@ -47,18 +45,10 @@ class Face:
     lms:np.ndarray    # (478,2) float64, canvas pixels (x,y)
     matte:np.ndarray  # (384,384) float32; 1 on the person, 0 on the background
 
-@contextmanager
-def _hush():
-    "Keep what MediaPipe's C++ parts tell each other out of the user's sight"
-    sys.stderr.flush(); kept = os.dup(2)
-    with open(os.devnull, 'w') as null: os.dup2(null.fileno(), 2)
-    try: yield
-    finally: os.dup2(kept, 2); os.close(kept)
-
 def _mesh(image):
     "Landmarks (478,2) in pixels, or None"
     import mediapipe as mp
-    with _hush(), mp.solutions.face_mesh.FaceMesh(static_image_mode=True, refine_landmarks=True, max_num_faces=1) as fm: r = fm.process(image)
+    with mute_stderr(), mp.solutions.face_mesh.FaceMesh(static_image_mode=True, refine_landmarks=True, max_num_faces=1) as fm: r = fm.process(image)
     if not r.multi_face_landmarks: return None
     h,w = image.shape[:2]
     return np.array([[p.x*w, p.y*h] for p in r.multi_face_landmarks[0].landmark])
@@ -84,7 +74,7 @@ def read_face(
     M = _similarity(lms[PUPILS], [((CANVAS-EYES)/2, .45*CANVAS), ((CANVAS+EYES)/2, .45*CANVAS)])
     c = cv2.warpAffine(image, M, (CANVAS,CANVAS), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
     lms = landmarks(c)
-    with _hush(), mp.solutions.selfie_segmentation.SelfieSegmentation(model_selection=0) as seg: m = cv2.GaussianBlur(seg.process(c).segmentation_mask, (0,0), 2.) # its outline has steps
+    with mute_stderr(), mp.solutions.selfie_segmentation.SelfieSegmentation(model_selection=0) as seg: m = cv2.GaussianBlur(seg.process(c).segmentation_mask, (0,0), 2.) # its outline has steps
     return Face(c, lms, smooth((m-.25)/.6).astype(np.float32))
 
 # %% ../nbs/03_portrait.ipynb #d82beaa4
