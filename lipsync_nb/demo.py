@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PERSONS', 'UNSEEN', 'VERSION', 'look_of', 'voice_of', 'puppet_of', 'sway', 'blinks', 'scene', 'lighting',
-           'truth_paths', 'make_clip', 'load_truth', 'make_corpus', 'demo_portrait']
+           'write_textgrid', 'truth_paths', 'make_clip', 'load_truth', 'make_corpus', 'demo_portrait']
 
 # %% ../nbs/06_demo.ipynb #08b504f4
 from dataclasses import asdict
@@ -14,12 +14,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .core import FPS, SR, LipSyncError, atomic_path, cfg_hash, load_json, save_json, track
+from .core import FPS, SR, LipSyncError, atomic_path, cfg_hash, load_json, mute_stderr, save_json, track
 from .media import save_image, write_video
 from .pool import TaskError, pool_map
 from .portrait import Look, load_portrait
 from .puppet import Puppet, inner_gap
-from .speech import N_SENTENCES, VOICES, Voice, as_voice, mouth_track, sentence, speak
+from .speech import N_SENTENCES, PAUSE, VOICES, Voice, as_voice, mouth_track, sentence, speak
 
 # %% ../nbs/06_demo.ipynb #662f1f27
 PERSONS = [
@@ -122,6 +122,20 @@ def lighting(
     return (side[...,None]*np.array([1+warm,1,1-warm])).astype(np.float32), rng.uniform(.9, 1.06) + .025*np.sin(2*np.pi*t/rng.uniform(3, 7)+rng.uniform(0, 6))
 
 # %% ../nbs/06_demo.ipynb #0970830e
+def write_textgrid(
+    path, # File to write, `.TextGrid`
+    tiers:dict, # Name of a tier → its `[[start, end, label], …]` in seconds, in order
+    end:float, # Length of the sound in seconds
+)->Path:
+    "Write intervals as Praat keeps them; the time between them is left empty"
+    try: from praatio.textgrid import IntervalTier, Textgrid
+    except ImportError: raise LipSyncError('writing TextGrids needs praatio; install it with `pip install lipsync_nb[demo]`') from None
+    tg = Textgrid(0, end)
+    for k,o in tiers.items(): tg.addTier(IntervalTier(k, [(s,e,l) for s,e,l in o], 0, end))
+    with atomic_path(path) as tmp: tg.save(str(tmp), format='long_textgrid', includeBlankSpaces=True)
+    return Path(path)
+
+# %% ../nbs/06_demo.ipynb #a6284935
 VERSION = 1   # of the drawing; a clip made by another version, or with other settings, is made anew
 
 def _plan(text, person, voice, seed):
@@ -132,6 +146,11 @@ def truth_paths(clip)->tuple: # (json, npz)
     "Where the truth of a clip lies"
     clip = Path(clip)
     return clip.with_suffix('.truth.json'), clip.with_suffix('.truth.npz')
+
+def _write_words(path, text, phones):
+    "The transcript and the TextGrid beside a clip"
+    with atomic_path(path.with_suffix('.txt')) as tmp: tmp.write_text(text + '\n', encoding='utf-8')
+    write_textgrid(path.with_suffix('.TextGrid'), dict(phones=[o for o in phones if o[2] != PAUSE]), phones[-1][1])
 
 def make_clip(
     path, # `.mp4` to write; its truth goes beside it
@@ -150,9 +169,10 @@ def make_clip(
     plan = _plan(text, person, voice, seed); js,npz = truth_paths(path)
     with atomic_path(npz) as tmp: np.savez(tmp, landmarks=lms.astype(np.float16), opening=opening, mouth=mouth)
     save_json(dict(text=text, voice=voice.name, fps=FPS, offset=0., opening=opening.round(5), phones=phones, plan=plan, made=cfg_hash(plan)), js)
+    _write_words(path, text, phones)
     return write_video(path, puppet.render(mouth, pose, blink, back, light, level), audio=wav, threads=1)
 
-# %% ../nbs/06_demo.ipynb #4522f4e9
+# %% ../nbs/06_demo.ipynb #f7914488
 def load_truth(
     clip, # A clip of the demo corpus
 )->dict: # text, voice, fps, offset, phones; and arrays: opening (n,), landmarks (n,478,2), mouth (n,8)
@@ -163,9 +183,10 @@ def load_truth(
         with np.load(npz) as z: return {**t, **{k: z[k].astype(np.float32) for k in ('opening','landmarks','mouth')}}
     except (OSError, ValueError, KeyError) as e: raise LipSyncError(f'cannot read {npz}: {e}; make the clip again') from None
 
-# %% ../nbs/06_demo.ipynb #0070b621
+# %% ../nbs/06_demo.ipynb #ce3c5d60
 def _is_done(path, text, person, seed):
-    try: return path.exists() and truth_paths(path)[1].exists() and load_json(truth_paths(path)[0]).get('made') == cfg_hash(_plan(text, person, voice_of(person), seed))
+    beside = path, path.with_suffix('.txt'), path.with_suffix('.TextGrid'), truth_paths(path)[1]
+    try: return all(p.exists() for p in beside) and load_json(truth_paths(path)[0]).get('made') == cfg_hash(_plan(text, person, voice_of(person), seed))
     except LipSyncError: return False
 
 def _make_some(jobs, faces):
@@ -182,7 +203,7 @@ def _jobs(dest, n_persons, n_clips, seed, portraits):
     w = max(2, len(str(n_clips-1)))
     return [(Path(dest)/f'p{i}'/f'c{j:0{w}d}.mp4', sentence(i*n_clips+j, seed), p, [seed,i,j]) for i,p in enumerate(who) for j in range(n_clips)]
 
-# %% ../nbs/06_demo.ipynb #d7a47bd8
+# %% ../nbs/06_demo.ipynb #b27e2527
 def _batches(jobs, workers):
     "`(jobs, faces)`, each of one person, and small enough to keep `workers` busy to the end"
     n,by = max(1, min(6, len(jobs)//(2*workers))),{}
@@ -198,7 +219,7 @@ def _each(batches, workers):
         if isinstance(done, TaskError): raise LipSyncError(f'a clip could not be made: {done}')
         yield done
 
-# %% ../nbs/06_demo.ipynb #43281944
+# %% ../nbs/06_demo.ipynb #b6b0fd34
 def make_corpus(
     dest, # Folder to write `person/clip.mp4` to
     n_persons:int=8, # Persons drawn from the astronaut
@@ -220,7 +241,7 @@ def make_corpus(
     except OSError as e: raise LipSyncError(f'cannot write {dest}: {e.strerror}; choose a folder that can be written') from None
     return [j[0] for j in jobs]
 
-# %% ../nbs/06_demo.ipynb #3e890abf
+# %% ../nbs/06_demo.ipynb #3c643972
 def demo_portrait(
     path, # Picture to write, `.png`
     person:int=UNSEEN, # Whose; the default is in no corpus

@@ -15,9 +15,9 @@ def read_notebook(path):
     nb = json.loads(path.read_text(encoding='utf-8'))
     cells = [SimpleNamespace(type=c['cell_type'], src=''.join(c['source']), outputs=c.get('outputs', [])) for c in nb['cells']]
     exp = [m[1] for c in cells if c.type=='code' for m in re.finditer(r'^#\|\s*default_exp\s+(\S+)', c.src, re.M)]
-    num = re.match(r'(\d+)_', path.name)
+    num = re.match(r'(\d+)([a-z]?)_', path.name)
     return SimpleNamespace(path=path, name=path.relative_to(ROOT/'nbs').as_posix(), cells=cells,
-                           num=int(num[1]) if num else None, module=exp[0] if exp else None)
+                           num=(int(num[1]), num[2]) if num else None, module=exp[0] if exp else None)
 
 @pytest.fixture(scope='session')
 def root(): return ROOT

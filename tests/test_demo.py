@@ -29,5 +29,5 @@ def test_a_killed_corpus_is_whole_and_goes_on(tmp_path):
     for dest,workers in ((killed,1), (whole,2)):
         p = start(script, dest, workers); _,err = p.communicate(timeout=240)
         assert p.returncode == 0, err
-    assert len(digests(whole)) == 18
+    assert len(digests(whole)) == 30
     assert digests(killed) == digests(whole)

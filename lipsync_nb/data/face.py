@@ -9,12 +9,11 @@ __all__ = ['N_POINTS', 'EYES', 'INNER_LIPS', 'OUTER_LIPS', 'CORNERS', 'HEIGHT', 
            'crop_matrix', 'face_patch', 'patch_crop', 'warp_crop']
 
 # %% ../../nbs/11_data.face.ipynb #61bcc950
-import os
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import numpy as np
 
-from ..core import LipSyncError
+from ..core import LipSyncError, mute_stderr
 
 # %% ../../nbs/11_data.face.ipynb #38d81eff
 N_POINTS   = 478                                        # 468 of the mesh, and 10 of the irises
@@ -68,22 +67,16 @@ def need(
         raise LipSyncError(f'cannot load {name} ({e}); install `mediapipe==0.10.21`, and where libGL is missing put '
             '`opencv-contrib-python-headless==4.11.0.86` in place of `opencv-contrib-python`') from None
 
-@contextmanager
-def _hush():
-    "Close the process's error stream, which C++ writes to, for a moment"
-    keep,null = os.dup(2),os.open(os.devnull, os.O_WRONLY)
-    try: os.dup2(null, 2); yield
-    finally: os.dup2(keep, 2); os.close(keep); os.close(null)
-
 # %% ../../nbs/11_data.face.ipynb #5da389bd
 class FaceMesh:
     "478 landmarks of one face, followed from frame to frame; use it as a context manager"
     def __init__(self,
         track:bool=True, # Frames follow one another? Else each is searched afresh
         confidence:float=.5, # Least confidence of detection and of tracking, 0 to 1
+        faces:int=1, # Most faces to look for; more than one costs a search in every frame
     ):
-        with _hush():
-            self.net = need('mediapipe').solutions.face_mesh.FaceMesh(static_image_mode=not track, max_num_faces=1,
+        with mute_stderr():
+            self.net = need('mediapipe').solutions.face_mesh.FaceMesh(static_image_mode=not track, max_num_faces=faces,
                 refine_landmarks=True, min_detection_confidence=confidence, min_tracking_confidence=confidence)
         self.reset()
 
@@ -91,27 +84,32 @@ class FaceMesh:
         "Landmarks found in the picture reduced `k` times, in pixels of the whole one"
         h,w = rgb.shape[:2]
         small = rgb if k == 1 else need('cv2').resize(rgb, (w//k,h//k), interpolation=need('cv2').INTER_AREA)
-        with nullcontext() if self.warm else _hush(): faces = self.net.process(small).multi_face_landmarks
-        if not faces: return None
+        with nullcontext() if self.warm else mute_stderr(): faces = self.net.process(small).multi_face_landmarks
+        if not faces: return []
         self.warm = True
-        p = np.array([(o.x,o.y) for o in faces[0].landmark], np.float32)
         r = np.float32([w/small.shape[1], h/small.shape[0]])
-        return p*np.float32([w,h]) + (r-1)/2          # half a pixel of the small picture, half of ours back
+        return [np.array([(o.x,o.y) for o in f.landmark], np.float32)*np.float32([w,h]) + (r-1)/2 for f in faces] # half a pixel of the small picture, half of ours back
 
     def __call__(self,
         rgb:np.ndarray, # (h,w,3) uint8
     )->np.ndarray: # (478,2) float32 in source pixels, or None where no face is found
         "Find the face in the next frame"
+        return next(iter(self.all(rgb)), None)
+
+    def all(self,
+        rgb:np.ndarray, # (h,w,3) uint8
+    )->list: # Of (478,2) float32 in source pixels
+        "Find all faces in the next frame"
         if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8: raise ValueError(f'expected a frame (h,w,3) uint8, got {rgb.shape} {rgb.dtype}')
         rgb = np.ascontiguousarray(rgb)
-        lms = self._find(rgb, 2) if (self.height or min(rgb.shape[:2])/2) >= 320 else None
-        if lms is None: lms = self._find(rgb, 1)
-        self.height = None if lms is None else face_height(lms)
-        return lms
+        found = self._find(rgb, 2) if (self.height or min(rgb.shape[:2])/2) >= 320 else []
+        found = found or self._find(rgb, 1)
+        self.height = min(map(face_height, found)) if found else None
+        return found
 
     def reset(self):
         "Forget the face, as between two clips"
-        with _hush():
+        with mute_stderr():
             self.net.reset()
             self.net.process(np.zeros((64,64,3), np.uint8))     # loads the detector where nobody hears it
         self.height,self.warm = None,False
@@ -120,7 +118,7 @@ class FaceMesh:
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
 
-# %% ../../nbs/11_data.face.ipynb #08adf19e
+# %% ../../nbs/11_data.face.ipynb #1222fe86
 def track_faces(
     frames, # Iterable of (h,w,3) uint8
     mesh:FaceMesh=None, # One that is already loaded; it is reset
@@ -131,21 +129,22 @@ def track_faces(
         found = [m(f) for f in frames]
     return np.stack([np.full((N_POINTS,2), np.nan, np.float32) if o is None else o for o in found]) if found else np.zeros((0,N_POINTS,2), np.float32)
 
-# %% ../../nbs/11_data.face.ipynb #fcd76c6a
+# %% ../../nbs/11_data.face.ipynb #cfd7c702
 def fill_gaps(
     lms:np.ndarray, # Landmarks (n,478,2), NaN where no face was found
     longest:int=3, # Longest gap to bridge, in frames
+    cuts=(), # Frames at which a new shot begins: nothing is bridged across
 )->np.ndarray: # (n,478,2)
     "Bridge short gaps in a track by linear interpolation"
     lms,ok = lms.copy(),~np.isnan(lms[:,0,0])
-    at = ok.nonzero()[0]
+    at,shot = ok.nonzero()[0],np.searchsorted(cuts, np.arange(len(lms)), side='right')
     for a,b in zip(at[:-1], at[1:]):
-        if 1 < b-a <= longest+1:
+        if 1 < b-a <= longest+1 and shot[a] == shot[b]:
             w = (np.arange(a+1, b) - a)/(b-a)
             lms[a+1:b] = (1-w)[:,None,None]*lms[a] + w[:,None,None]*lms[b]
     return lms
 
-# %% ../../nbs/11_data.face.ipynb #f5256940
+# %% ../../nbs/11_data.face.ipynb #2c75c209
 _HALF = {33:(27.0,25.6), 133:(40.0,26.4), 70:(21.0,18.4), 63:(24.0,15.5), 105:(28.6,14.0), 66:(34.5,14.4), 107:(41.2,15.3)} # (col,row) of 96
 _TWIN = {33:263, 133:362, 70:300, 63:293, 105:334, 66:296, 107:336}          # the same point on the other side
 _NOSE = {168:(48,23.5), 6:(48,27.1), 197:(48,30.5), 195:(48,33.6)}
@@ -154,7 +153,7 @@ STABLE   = (*_HALF, *_TWIN.values(), *_NOSE)                                  # 
 TEMPLATE = np.array([*_HALF.values(), *((96-x,y) for x,y in _HALF.values()), *_NOSE.values()])/96 # where they go: (k,2), in crop sizes
 WEIGHTS  = np.array([.25 if 63 <= i <= 107 or i in (293,296,300,334,336) else 1. for i in STABLE])
 
-# %% ../../nbs/11_data.face.ipynb #e8e452f3
+# %% ../../nbs/11_data.face.ipynb #f108b871
 def fit_similarity(
     pts:np.ndarray, # Points (n,k,2)
     target:np.ndarray=None, # Where they should go (k,2); `TEMPLATE` if not given
@@ -173,7 +172,7 @@ def _matrix(a, b):
     "The map z → a·z + b as real (n,2,3) matrices"
     return np.stack([np.stack([a.real,-a.imag,b.real], -1), np.stack([a.imag,a.real,b.imag], -1)], -2)
 
-# %% ../../nbs/11_data.face.ipynb #f108b871
+# %% ../../nbs/11_data.face.ipynb #122b9c61
 def apply_affine(
     M:np.ndarray, # Matrices (...,2,3)
     pts:np.ndarray, # Points (...,k,2)
@@ -181,7 +180,7 @@ def apply_affine(
     "Move points by affine matrices"
     return pts @ np.swapaxes(M[...,:2], -1, -2) + M[...,None,:,2]
 
-# %% ../../nbs/11_data.face.ipynb #77ce1926
+# %% ../../nbs/11_data.face.ipynb #ad6f7478
 SIGMAS = (4., 2., 1.)     # smoothing of scale, turn and position, in frames
 REACH  = 3*int(max(SIGMAS))
 
@@ -196,7 +195,7 @@ def _local_line(y, w, σ):
     line = det > 1e-6*s0*s0                                   # two places at least, else the mean
     return np.where(line, (s2*y0 - s1*y1)/np.where(line, det, 1), y0/np.maximum(s0, 1e-12))
 
-# %% ../../nbs/11_data.face.ipynb #be47ee71
+# %% ../../nbs/11_data.face.ipynb #0d1655a3
 def find_cuts(
     Ms:np.ndarray, # (n,2,3) transforms to the unit crop; NaN where there is no face
     jump:float=.5, # Leap of the face that is a cut, in crop sizes
@@ -214,18 +213,20 @@ def _anchor(Ms):
 
 _CENTRE = complex(*(WEIGHTS@TEMPLATE/WEIGHTS.sum()))
 
-# %% ../../nbs/11_data.face.ipynb #0d1655a3
+# %% ../../nbs/11_data.face.ipynb #d9c89ec0
 def smooth_align(
     Ms:np.ndarray, # (n,2,3) transforms to the unit crop; NaN where there is no face
     sigmas:tuple=SIGMAS, # Smoothing of scale, turn and position, in frames
-)->np.ndarray: # (n,2,3), without NaN
+    cuts=(), # Frames at which a new shot begins, besides those that `find_cuts` sees
+)->np.ndarray: # (n,2,3); NaN only in shots without any face
     "Steady the transforms over time, shot by shot, and bridge what is missing"
     ok = ~np.isnan(Ms[:,0,0])
     if not ok.any(): raise ValueError('expected at least one frame with a face, got none')
-    out = np.empty_like(Ms, dtype=float)
-    ends = [0, *find_cuts(Ms), len(Ms)]
+    out = np.full_like(Ms, np.nan, dtype=float)
+    ends = sorted({0, *find_cuts(Ms), *cuts, len(Ms)})
     for lo,hi in zip(ends[:-1], ends[1:]):
         w = ok[lo:hi].astype(float); at = w.nonzero()[0]
+        if not len(at): continue
         a,z = _anchor(Ms[lo:hi][at])
         ys = np.log(np.abs(a)), np.unwrap(np.angle(a)), z.real, z.imag
         full = lambda y: np.interp(np.arange(hi-lo), at, y)
@@ -241,7 +242,7 @@ def fit_align(
     "Smooth similarity transforms that bring the upper face to the template"
     return smooth_align(fit_similarity(lms[:,STABLE]), sigmas).astype(np.float32)
 
-# %% ../../nbs/11_data.face.ipynb #fe589042
+# %% ../../nbs/11_data.face.ipynb #a45b20a7
 def jitter(
     lms:np.ndarray, # Landmarks (n,478,2) in source pixels
     Ms:np.ndarray, # (n,2,3) transforms to the unit crop
@@ -252,7 +253,7 @@ def jitter(
     d = np.linalg.norm(np.diff(p, axis=0), axis=-1)
     return float(np.nanmedian(d)) if np.isfinite(d).any() else 0.
 
-# %% ../../nbs/11_data.face.ipynb #93145492
+# %% ../../nbs/11_data.face.ipynb #fd46d178
 def crop_matrix(
     M:np.ndarray, # (2,3) source pixels → unit crop
     size:int, # Height and width of the crop
@@ -262,7 +263,7 @@ def crop_matrix(
     out[:,2] -= .5
     return out
 
-# %% ../../nbs/11_data.face.ipynb #fd46d178
+# %% ../../nbs/11_data.face.ipynb #ae1d18bd
 def face_patch(
     frame:np.ndarray, # (h,w,3) uint8
     M:np.ndarray, # (2,3) source pixels → unit crop
@@ -282,7 +283,7 @@ def face_patch(
     r = n/m
     return patch, np.array([[r[0],0,r[0]/2-.5+lo[0]],[0,r[1],r[1]/2-.5+lo[1]]])
 
-# %% ../../nbs/11_data.face.ipynb #ae1d18bd
+# %% ../../nbs/11_data.face.ipynb #da217cf9
 def patch_crop(
     patch:tuple, # What `face_patch` gave
     M:np.ndarray, # (2,3) source pixels → unit crop: the final one
