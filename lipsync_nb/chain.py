@@ -87,7 +87,7 @@ def make_data(
     with phases('preprocess'):
         preprocess(out/'corpus', out/'processed', workers=cfg.workers)
         share = 1.001/cfg.clips
-        build_index(out/'processed', by='clip', valid=share, test=share, seed=cfg.seed)
+        build_index(out/'processed', by='source', valid=share, test=share, seed=cfg.seed)
 
 def train_models(
     out:Path, # Folder of the demo

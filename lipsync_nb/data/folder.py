@@ -9,7 +9,9 @@ __all__ = ['FOLDER_SCHEMA', 'is_url', 'read_bytes', 'CropWriter', 'CropReader', 
 # %% ../../nbs/12b_data.folder.ipynb #f6a3e514
 import io, os, shutil
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import av
 import numpy as np
@@ -22,6 +24,11 @@ def is_url(path)->bool:
     "Is it an address that fsspec reads (`scheme://…`), not a path?"
     return '://' in str(path)
 
+@lru_cache
+def _server(root, pid):                                       # one connection for each process: they cannot share it
+    from fsspec.core import url_to_fs
+    return url_to_fs(root)[0]
+
 def read_bytes(
     path, # A path, or an address such as `s3://bucket/set/file`
     start:int=None, # First byte
@@ -29,9 +36,8 @@ def read_bytes(
 )->bytes:
     "Bytes `start … end` of a file"
     if is_url(path):
-        from fsspec.core import url_to_fs
-        fs,p = url_to_fs(str(path))
-        return fs.cat_file(p, start, end)
+        u = urlsplit(str(path)); fs = _server(f'{u.scheme}://{u.netloc}', os.getpid())
+        return fs.cat_file(fs._strip_protocol(str(path)), start, end)
     with open(path, 'rb') as f:
         if start: f.seek(start)
         return f.read() if end is None else f.read(end-(start or 0))
@@ -79,18 +85,21 @@ class CropReader:
     def all(self)->np.ndarray: return self[:] # (n,h,w,3) uint8
 
     def __getitem__(self, i):
-        if isinstance(i, (int,np.integer)): return self._read(self.offsets[[i]])[0]
-        o = self.offsets[i]
-        return self._read(o) if len(o) else np.zeros((0,0,0,3), np.uint8)
+        if isinstance(i, (int,np.integer)): return self.read([i])[0]
+        rows = np.arange(len(self))[i]
+        return self.read(rows) if len(rows) else np.zeros((0,0,0,3), np.uint8)
 
-    def _read(self, o):
-        "Pictures at the offsets `o`; what lies together is read at once"
-        lo,hi = int(o[:,0].min()),int((o[:,0]+o[:,1]).max())
-        if hi-lo <= 2*o[:,1].sum() + 4096: b = read_bytes(self.path, lo, hi); jpegs = [b[p-lo:p-lo+n] for p,n in o]
-        else: jpegs = [read_bytes(self.path, int(p), int(p+n)) for p,n in o]
-        first = simplejpeg.decode_jpeg(jpegs[0], colorspace='RGB')
-        out = np.empty((len(o), *first.shape), np.uint8); out[0] = first
-        for a,j in zip(out[1:], jpegs[1:]): simplejpeg.decode_jpeg(j, colorspace='RGB', buffer=a)
+    def read(self,
+        rows, # Numbers of frames; at least one
+        out:np.ndarray=None, # (k,h,w,3) uint8 to fill; `None` = a new array
+    )->np.ndarray: # (k,h,w,3) uint8
+        "Some crops; what lies together is read at once"
+        o = self.offsets[rows].tolist(); lo,hi = min(p for p,_ in o),max(p+n for p,n in o)
+        whole = hi-lo <= 2*sum(n for _,n in o) + 4096
+        b = read_bytes(self.path, lo, hi) if whole else None
+        jpegs = [b[p-lo:p-lo+n] if whole else read_bytes(self.path, p, p+n) for p,n in o]
+        if out is None: out = np.empty((len(o), *simplejpeg.decode_jpeg_header(jpegs[0])[:2], 3), np.uint8)
+        for x,j in zip(out, jpegs): simplejpeg.decode_jpeg(j, colorspace='RGB', buffer=x)
         return out
 
 # %% ../../nbs/12b_data.folder.ipynb #1ea20da1

@@ -6,6 +6,7 @@
 __all__ = ['generator_presets', 'GeneratorCfg', 'Generator']
 
 # %% ../../nbs/27_models.generator.ipynb #b0eab1dd
+from copy import deepcopy
 from dataclasses import dataclass,field,replace
 
 import torch
@@ -15,10 +16,10 @@ from fastcore.basics import patch
 
 from ..core import MPF
 from .audio import AudioCfg,AudioEncoder,audio_presets
-from .decoder import Decoder,DecoderCfg,decoder_presets
-from .fusion import Condition,FrameAudio,FusionCfg,ShapeHead,audio_windows,fusion_presets
+from .decoder import Decoder,DecoderCfg,decoder_presets,fold_canvas
+from .fusion import Condition,FrameAudio,FusionCfg,ShapeHead,audio_windows,check_axes,fusion_presets
 from .identity import IdentityCfg,IdentityEncoder,identity_presets
-from .layers import CfgModule,check_shape
+from .layers import CfgModule
 from .temporal import FlowSmoother,SmootherCfg,smoother_presets
 
 # %% ../../nbs/27_models.generator.ipynb #52cbcb72
@@ -86,13 +87,12 @@ def paint(self:Generator,
     shape:Tensor|None=None, # (b,t,3): paint this mouth shape instead of the one that is heard
 )->Tensor: # (b,t,3,size,size), each frame for itself
     "Paint the mouth of every frame"
-    check_shape(frames, f'b,t,3,{self.cfg.size},{self.cfg.size}', 'frames')
-    b,t = frames.shape[:2]
+    s,(b,t) = self.cfg.size,frames.shape[:2]
+    check_axes(frames=(frames,f'b,t,3,{s},{s}'), tokens=(tokens,'b,n,d'), identity=(ident[1],'b,d_id'))
     windows = audio_windows(tokens, t, c, self.cfg.fusion.k)             # (b,t,w,d)
     heard,(feats,vec) = self.ear(windows),ident
     z = self.shape.scaled(self.shape(heard) if shape is None else shape)
     cond = self.cond(heard, vec, z)                                      # (b,t,d)
-    if t>1: feats = [f.repeat_interleave(t, 0) for f in feats]
     return self.decoder(frames.flatten(0, 1), feats, cond.flatten(0, 1), windows.flatten(0, 1)).unflatten(0, (b,t))
 
 @patch
@@ -120,7 +120,15 @@ def forward(self:Generator,
     refs:Tensor, # (b,r,3,size,size) in [0,1]: the same person
     mel:Tensor, # (b,4*(t+2c),80): the window's sound and `c` frames more on each side
 )->Tensor: # `frames` with the mouth painted
-    check_shape(frames, f'b,t,3,{self.cfg.size},{self.cfg.size}', 'frames')
-    check_shape(refs, f'{len(frames)},r,3,{self.cfg.size},{self.cfg.size}', 'refs')
+    s = self.cfg.size
+    check_axes(frames=(frames,f'b,t,3,{s},{s}'), refs=(refs,f'b,r,3,{s},{s}'), mel=(mel,f'b,n,{self.cfg.audio.n_mels}'))
     c = self.context(frames.shape[1], mel)
     return self.smooth(self.paint(frames, self.encode_refs(refs), self.encode_audio(mel), c))
+
+# %% ../../nbs/27_models.generator.ipynb #336fcefa
+@patch
+def for_inference(self:Generator)->Generator: # Evaluation mode, no gradients; not for training or saving
+    "A copy that paints the same with fewer operations"
+    gen = deepcopy(self).eval()
+    for level in gen.decoder.levels: fold_canvas(level)
+    return gen.requires_grad_(False).to(memory_format=torch.channels_last)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .layers import CfgModule,ConvBlock,ResBlock,check_shape,conv
 
-# %% ../../nbs/23_models.identity.ipynb #82642b32
+# %% ../../nbs/23_models.identity.ipynb #e712e6e6
 class Pyramid(nn.Module):
     "Feature maps of a picture at several scales, each half the size of the one before"
     def __init__(self,
@@ -26,7 +26,7 @@ class Pyramid(nn.Module):
     ):
         super().__init__()
         if len(chs)!=len(blocks): raise ValueError(f'Pyramid: expected as many blocks as chs, got {len(blocks)} and {len(chs)}')
-        self.stem,self.cell,self.tiles = stem,stem*2**(len(chs)-1),tiles
+        self.ni,self.stem,self.cell,self.tiles = ni,stem,stem*2**(len(chs)-1),tiles
         self.chs = (chs[0]+tiles*ni*stem**2,)+tuple(chs[1:]) # channels of what comes out
         self.first = conv(ni*stem**2, chs[0], 1)
         self.down = nn.ModuleList(ConvBlock(a, b, stride=2) for a,b in zip(chs, chs[1:]))
@@ -35,7 +35,7 @@ class Pyramid(nn.Module):
     def forward(self,
         x:Tensor, # Pictures (b,ni,h,w)
     )->list[Tensor]: # (b,chs[i],h/stem/2^i,w/stem/2^i) for each scale i
-        check_shape(x, 'b,c,h,w', 'picture')
+        check_shape(x, f'b,{self.ni},h,w', 'picture')
         if x.shape[2]%self.cell or x.shape[3]%self.cell: raise ValueError(f'picture: expected height and width to be multiples of {self.cell}, got {x.shape[2]}x{x.shape[3]}')
         tiles = F.pixel_unshuffle(x, self.stem).contiguous(memory_format=torch.channels_last)
         x,outs = self.first(tiles),[]
@@ -45,7 +45,7 @@ class Pyramid(nn.Module):
         if self.tiles: outs[0] = torch.cat([outs[0],tiles], 1)
         return outs
 
-# %% ../../nbs/23_models.identity.ipynb #a0b34a60
+# %% ../../nbs/23_models.identity.ipynb #10935518
 @dataclass
 class IdentityCfg:
     "What an `IdentityEncoder` is made of"
@@ -60,7 +60,7 @@ identity_presets = dict(
     base=_base,
     hd=replace(_base, stem=4, chs=(64,96,128,224)))
 
-# %% ../../nbs/23_models.identity.ipynb #10935518
+# %% ../../nbs/23_models.identity.ipynb #41b22bd2
 class IdentityEncoder(CfgModule):
     "References to multi-scale features and one vector; their order does not matter"
     cfg_cls,presets = IdentityCfg,identity_presets

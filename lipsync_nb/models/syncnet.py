@@ -126,4 +126,5 @@ def logits(self:SyncNet,
     a:Tensor, # Embeddings of sounds (k,d), unit norm
 )->Tensor: # (b,k), within ±`logit_scale`
     "How well each sound fits each window of frames"
+    if v.ndim!=2 or a.ndim!=2 or v.shape[1]!=a.shape[1]: raise ValueError(f'logits: expected embeddings (b,d) and (k,d), got {tuple(v.shape)} and {tuple(a.shape)}')
     return self.logit_scale * (v@a.T)

@@ -13,6 +13,7 @@ from torch import nn,Tensor
 from torch.nn import functional as F
 
 from .decoder import lay,mask_of,paint_box
+from .fusion import check_axes
 from .layers import CfgModule,ConvBlock,check_shape,conv
 
 # %% ../../nbs/26_models.temporal.ipynb #0683a895
@@ -21,7 +22,7 @@ def warp(
     flow:Tensor, # (b,2,h,w): where to look, in pixels to the right and down
 )->Tensor: # (b,c,h,w)
     "Look `x` up at each pixel's place plus `flow`"
-    check_shape(flow, f'{x.shape[0]},2,{x.shape[2]},{x.shape[3]}', 'flow')
+    check_axes(x=(x,'b,c,h,w'), flow=(flow,'b,2,h,w'))
     h,w = x.shape[2:]
     i,j = torch.arange(h, device=x.device, dtype=x.dtype),torch.arange(w, device=x.device, dtype=x.dtype)
     u = (j + flow[:,0] + .5)*2/w - 1                 # (b,h,w), -1…1 from edge to edge
@@ -36,6 +37,8 @@ def lk_flow(
     λ:float=1e-4, # Slopes (squared) below this count as noise
 )->Tensor: # (b,2,h/cell,w/cell): where in `last` to look, in pixels to the right and down
     "Optical flow by least squares over neighbourhoods of 3x3 cells"
+    check_axes(x=(x,'b,c,h,w'), last=(last,'b,c,h,w'))
+    if x.shape[2]%cell or x.shape[3]%cell: raise ValueError(f'x: expected height and width to be multiples of {cell}, got {x.shape[2]}x{x.shape[3]}')
     x,last = (o.float().mean(1, keepdim=True) for o in (x,last))
     m = F.pad((x+last)/2, (1,1,1,1), mode='replicate')
     u,v,d = (m[...,1:-1,2:]-m[...,1:-1,:-2])/2,(m[...,2:,1:-1]-m[...,:-2,1:-1])/2,x-last
@@ -44,7 +47,7 @@ def lk_flow(
     uu,vv,uv,ud,vd = (s + s.new_tensor([λ,λ,0,0,0])[:,None,None]).unbind(1)
     return torch.stack([vv*ud-uv*vd, uu*vd-uv*ud], 1)/(uu*vv-uv*uv)[:,None]
 
-# %% ../../nbs/26_models.temporal.ipynb #67b4eb38
+# %% ../../nbs/26_models.temporal.ipynb #1e9b6583
 @dataclass
 class SmootherCfg:
     "What a `FlowSmoother` is made of"
@@ -56,7 +59,7 @@ class SmootherCfg:
 _base = SmootherCfg()
 smoother_presets = dict(demo=replace(_base, ch=32), base=_base, hd=replace(_base, size=256, cell=16, reach=10.))
 
-# %% ../../nbs/26_models.temporal.ipynb #deec30e4
+# %% ../../nbs/26_models.temporal.ipynb #3b676dbb
 class FlowSmoother(CfgModule):
     "Blend each painted frame with the one before, warped along a predicted flow; starts as the identity"
     cfg_cls,presets = SmootherCfg,smoother_presets
@@ -87,7 +90,7 @@ class FlowSmoother(CfgModule):
     )->Tensor: # (b,t,3,size,size)
         s = self.cfg.size
         check_shape(painted, f'b,t,3,{s},{s}', 'painted')
-        if prev is not None: check_shape(prev, f'{len(painted)},1,3,{s},{s}', 'prev')
+        if prev is not None: check_axes(painted=(painted,f'b,t,3,{s},{s}'), prev=(prev,f'b,1,3,{s},{s}'))
         first = painted[:,:0] if prev is not None else painted[:,:1]     # nothing comes before it
         seq = painted if prev is None else torch.cat([prev,painted], 1)
         if seq.shape[1]<2: return painted
@@ -95,4 +98,4 @@ class FlowSmoother(CfgModule):
         x,last = (o[...,t:b,l:r].flatten(0, 1) for o in (seq[:,1:],seq[:,:-1]))
         flow,w = self.predict(x, last)
         y = lay(x + w*(warp(last, flow)-x), seq[:,1:].flatten(0, 1), self.mask, self.box)
-        return torch.cat([first, y.unflatten(0, (len(painted),-1))], 1)
+        return torch.cat([first, y.unflatten(0, (painted.shape[0],-1))], 1)

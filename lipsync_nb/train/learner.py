@@ -18,7 +18,8 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 
 from ..core import LipSyncError, track
-from ..data.loaders import ClipStore, GenBatches, ListenBatches, StepLoaders
+from ..data.batches import GenBatches, ListenBatches, StepLoaders
+from ..data.loaders import ClipStore
 from ..gan import GanLoss
 from ..losses import freeze
 from ..models.critic import Critic

@@ -21,7 +21,8 @@ from fastai.optimizer import OptimWrapper
 from torch import Tensor
 
 from ..core import MPF, LipSyncError, cli, track
-from ..data.loaders import ClipStore, StepLoaders, SyncBatches, images
+from ..data.batches import StepLoaders, SyncBatches, images
+from ..data.loaders import ClipStore
 from ..losses import info_nce
 from ..metrics import two_way_accuracy
 from ..models.syncnet import SyncNet
@@ -67,7 +68,7 @@ def embed_clip(
 
 def expert_accuracy(
     expert:SyncNet,
-    clips, # Sequence of `(crops, mel)`
+    clips, # `(crops, mel)` of each
 )->tuple[float,int]: # Two-way accuracy over all comparisons, and their number
     "How often the expert prefers the sound of the moment to one shifted by 5 to 15 frames"
     expert.eval(); right = n = 0
@@ -86,12 +87,12 @@ class ContrastLoss:
 class ExpertLog(Callback):
     "Log loss and held-out accuracy; keep the best weights"
     order = 70
-    def __init__(self, log, clips, bar): self.log,self.clips,self.bar,self.best,self.step = log,clips,bar,(-1.,None),0
+    def __init__(self, log, valid, bar): self.log,self.valid,self.bar,self.best,self.step = log,valid,bar,(-1.,None),0 # valid: `ClipStore`
     def before_train(self): self.dl.epoch,self.losses = self.epoch,[]
     def after_batch(self):
         if self.training: self.step += 1; self.losses.append(self.loss.item()); self.bar.update()
     def after_epoch(self):
-        acc,n = expert_accuracy(self.model, self.clips)
+        acc,n = expert_accuracy(self.model, self.valid.stretches())
         self.log.log(self.step, 'expert', loss=float(np.mean(self.losses)), valid_loss=float(self.recorder.log[2]) if len(self.recorder.log) > 2 else math.nan,
                      valid_acc=acc, scale=self.model.logit_scale.item())
         if acc > self.best[0]: self.best = acc,{k: v.detach().cpu().clone() for k,v in self.model.state_dict().items()}
@@ -120,7 +121,7 @@ def fit_expert(
                       min(cfg.epoch, cfg.steps), 1, 2, device)
     epochs = max(1, round(cfg.steps/cfg.epoch))
     with RunLog(out, resume=0, **log_kw) as log, track(desc='expert', total=epochs*len(dls.train)) as bar:
-        cb = ExpertLog(log, [(c.crops[:], c.mel) for c in valid], bar)
+        cb = ExpertLog(log, valid, bar)
         learn = Learner(dls, expert, loss_func=ContrastLoss(expert), cbs=[cb], opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
         with learn.no_bar(),learn.no_logging(): learn.fit(epochs, cfg.lr, wd=cfg.wd, cbs=one_cycle(cfg.lr))
     expert.load_state_dict(cb.best[1])
