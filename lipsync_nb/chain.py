@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from .core import LipSyncError, cli, save_json
 from .data.index import build_index, load_index

@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .core import FPS, SR, LipSyncError, atomic_path, cfg_hash, load_json, mute_stderr, save_json, track
+from .core import FPS, SR, LipSyncError, atomic_path, cfg_hash, load_json, save_json, track
 from .media import save_image, write_video
 from .pool import TaskError, pool_map
 from .portrait import Look, load_portrait

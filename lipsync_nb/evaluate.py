@@ -15,7 +15,6 @@ import torch
 from .core import FPS, hushed, mouth_mask, track
 from .data.audio import mel_spectrogram
 from .data.face import fit_align, mouth_opening, track_faces, warp_crop
-from .demo import load_truth
 from .infer.core import LipSync, scout
 from .media import read_audio, read_frames
 from .metrics import articulation, bilabial_ratio, opening_corr, speech_mask

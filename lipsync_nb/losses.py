@@ -8,7 +8,6 @@ __all__ = ['MOUTH', 'LIPS', 'LEVELS', 'SYNC_KINDS', 'check_same', 'full', 'no_am
            'freeze', 'expert_windows', 'sync_loss', 'flat_list', 'feature_matching']
 
 # %% ../nbs/30_losses.ipynb #a6e8056b
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn,Tensor

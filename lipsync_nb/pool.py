@@ -11,14 +11,22 @@ import os, signal, sys, time
 from collections import deque
 from importlib import import_module
 from multiprocessing.connection import wait
+from threading import Thread
 
 from .core import LipSyncError
 
 # %% ../nbs/05_pool.ipynb #15c6a137
+def _follow():
+    "End this process when the one that started it is gone, even in the middle of an item"
+    mp.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)                         # politely first: what is half-written is removed
+    time.sleep(5); os._exit(1)
+
 def _serve(conn, name):
     "A worker's life: take an item, answer, until nobody asks any more"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    Thread(target=_follow, daemon=True).start()
     module,func = name.split(':')
     try: func = getattr(import_module(module), func)
     except Exception as e: conn.send(f'{type(e).__name__}: {e}'); return

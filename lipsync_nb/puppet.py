@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from fastcore.basics import patch
 
-from .portrait import (BROWS, CANVAS, CHIN, EYES, JAW, LOWER_IN, LOWER_LIDS, LOWER_OUT, NOSE, PUPILS, UPPER_IN, UPPER_LIDS, UPPER_OUT,
+from .portrait import (BROWS, CHIN, EYES, JAW, LOWER_IN, LOWER_LIDS, LOWER_OUT, NOSE, PUPILS, UPPER_IN, UPPER_LIDS, UPPER_OUT,
     Box, Face, Look, close_mouth, dress, fill, mix, recolour, reshape, seam, smooth, thin_plate)
 from .speech import MOUTH
 

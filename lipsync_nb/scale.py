@@ -6,12 +6,12 @@
 __all__ = ['dask_map']
 
 # %% ../nbs/07_scale.ipynb #80140038
-import asyncio, functools, itertools, logging, multiprocessing as mp, os, pickle, queue, signal, sys, time, uuid, warnings
+import asyncio, functools, itertools, logging, multiprocessing as mp, pickle, queue, signal, sys, time, uuid, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
-from threading import Lock, Thread, Timer
+from threading import Lock, Timer
 
 from tqdm.auto import tqdm
 
@@ -20,15 +20,8 @@ from .core import LipSyncError, quiet
 from .pool import TaskError, _Worker
 
 # %% ../nbs/07_scale.ipynb #e60b587e
-def _follow():
-    "End this process when the dask worker that started it is gone"
-    mp.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)                         # politely first: what is half-written is removed
-    time.sleep(5); os._exit(1)
-
 @functools.lru_cache
 def _load(name):
-    Thread(target=_follow, daemon=True).start()
     module,func = name.split(':')
     return getattr(import_module(module), func)
 

@@ -9,6 +9,7 @@ __all__ = ['WORST', 'HEADS', 'SHOWN', 'MOST', 'loader_speed', 'examine', 'histog
 # %% ../../nbs/18_data.doctor.ipynb #93e6865d
 import os, time
 from datetime import date
+from importlib import import_module
 from pathlib import Path
 from textwrap import fill
 
@@ -212,10 +213,12 @@ def lipsync_doctor(
     preset:str='base', # What the collection shall be good for: demo, base or hd
     html:Path=None, # Page to write; OUT_DIR/passport.html if not given
     batches:int=16, # Batches to load, to measure the loader; 0 = do not
+    expert:Path=None, # First measure the offset of the sound with this sync expert; `lipsync_offset` then corrects it
     json:Path=None, # Write all figures to this file as well
 ):
     "What is wrong with a prepared collection? Writes its passport, a page with verdicts, figures and pictures"
     html = html or out_dir/'passport.html'
+    if expert: import_module('lipsync_nb.data.offset').correct_offsets(out_dir, expert, measure_only=True) # by name: it comes later in the book
     r = passport(out_dir, html, preset, batches)
     if json: save_json(r, json)
     print(f"{r['clips']:,} clips, {r['accepted']:,} accepted: {span(3600*r['hours'])} of {count(r['persons'], 'person')}\n")

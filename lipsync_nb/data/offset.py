@@ -10,7 +10,6 @@ __all__ = ['REACH', 'SURE', 'offset_curve', 'read_curve', 'measure_offset', 'shi
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..core import MPF, LipSyncError, cli, hash_file, save_json, track
@@ -117,7 +116,7 @@ def _correct(model, folder, meta, who, most, sure, measure_only, s):
         reject_clip(folder, 'out of sync', f'the sound is {abs(before+k)} frames {"late" if before+k > 0 else "early"}; {most} is the most that is corrected', sync=sync)
     else: s['corrected'] += 1; shift_sound(folder, k, **sync | dict(offset=before+k, measured=0))
 
-# %% ../../nbs/47_data.offset.ipynb #17b946cd
+# %% ../../nbs/47_data.offset.ipynb #c73b09da
 @cli
 def lipsync_offset(
     out_dir:Path, # Folder of prepared clips

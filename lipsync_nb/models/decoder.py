@@ -145,7 +145,8 @@ def per_frame(
     b = feats.shape[0]
     if b==n: return feats
     if n%b: raise ValueError(f'identity features: expected those of 1 person, or of a number that divides {n} frames, got {b}')
-    return feats.permute(0, 2, 3, 1)[:,None].expand(-1, n//b, -1, -1, -1).flatten(0, 1).permute(0, 3, 1, 2)
+    feats = feats.permute(0, 2, 3, 1)[:,None].expand(-1, n//b, -1, -1, -1).flatten(0, 1).permute(0, 3, 1, 2)
+    return feats.contiguous(memory_format=torch.channels_last)
 
 # %% ../../nbs/25_models.decoder.ipynb #5ea95843
 class Decoder(nn.Module):

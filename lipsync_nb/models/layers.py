@@ -9,7 +9,7 @@ __all__ = ['check_shape', 'check_alike', 'FiLM', 'norm_layer', 'conv', 'ConvBloc
 
 # %% ../../nbs/20_models.layers.ipynb #7337fda3
 import math,time,weakref
-from dataclasses import asdict,dataclass,fields,is_dataclass,replace
+from dataclasses import fields,is_dataclass,replace
 from statistics import median
 from typing import Callable
 
@@ -240,7 +240,7 @@ def activation_bytes(
         st = x.untyped_storage()
         if st.data_ptr() not in own: kept[st.data_ptr()] = st.nbytes()
         return x
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x): out = m(*args, **kw)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x): m(*args, **kw)
     return sum(kept.values())
 
 # %% ../../nbs/20_models.layers.ipynb #de21d0c4
