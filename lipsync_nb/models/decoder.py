@@ -10,6 +10,7 @@ __all__ = ['decoder_presets', 'mask_of', 'hide', 'lay', 'paint_box', 'DecoderLev
 from dataclasses import dataclass,replace
 
 import torch
+from fastcore.basics import patch
 from torch import nn,Tensor
 from torch.nn import functional as F
 
@@ -199,10 +200,13 @@ class Decoder(nn.Module):
             y = self.levels[i](maps, cond, windows)
         return lay(self.head(y), frames, self.mask, self.box)
 
-    def check(self, frames, feats, cond, windows):
-        s,n = self.cfg.size,len(self.ident)
-        check_axes(frames=(frames,f'b,3,{s},{s}'), cond=(cond,'b,nd'), windows=(windows,'b,w,d'))
-        if len(feats)!=n: raise ValueError(f'identity features: expected {n} scales, got {len(feats)}')
-        for i,(f,c) in enumerate(zip(feats, self.ident)):
-            cells = s//self.cfg.stem//2**i
-            check_shape(f, f'b,{c},{cells},{cells}', f'identity features of scale {i}')
+# %% ../../nbs/25_models.decoder.ipynb #7aa4cc58
+@patch
+def check(self:Decoder, frames, feats, cond, windows):
+    "Raise a `ValueError` unless the inputs fit the config and one another"
+    s,n = self.cfg.size,len(self.ident)
+    check_axes(frames=(frames,f'b,3,{s},{s}'), cond=(cond,'b,nd'), windows=(windows,'b,w,d'))
+    if len(feats)!=n: raise ValueError(f'identity features: expected {n} scales, got {len(feats)}')
+    for i,(f,c) in enumerate(zip(feats, self.ident)):
+        cells = s//self.cfg.stem//2**i
+        check_shape(f, f'b,{c},{cells},{cells}', f'identity features of scale {i}')
