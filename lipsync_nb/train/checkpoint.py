@@ -22,6 +22,7 @@ from safetensors.torch import load_file,save as to_bytes
 from torch import nn
 
 from ..core import LipSyncError,atomic_path,load_json,save_json
+from ..models.layers import from_dict
 
 # %% ../../nbs/41_train.checkpoint.ipynb #db46ad9d
 def unwrap(
@@ -114,7 +115,9 @@ def load_weights(
     "Load weights into a model that is there already"
     m,info = unwrap(model),model_info(path)
     if info['class']!=class_name(type(m)): raise LipSyncError(f'{path} holds a {info["class"].rpartition(".")[2]}, where a {type(m).__name__} is needed')
-    if diff := cfg_diff(info['cfg'], asdict(m.cfg)): raise LipSyncError(f'{path} is of another configuration: {diff}')
+    try: there = asdict(from_dict(m.cfg_cls, info['cfg']))       # what an older version did not know has its default
+    except ValueError: there = info['cfg']
+    if diff := cfg_diff(there, asdict(m.cfg)): raise LipSyncError(f'{path} is of another configuration: {diff}')
     try: m.load_state_dict(load_file(path))
     except (RuntimeError, SafetensorError) as e: raise LipSyncError(f'{path} does not fit this version of {type(m).__name__}: {" ".join(str(e).split())[:300]}') from None
     return info['meta']
