@@ -146,7 +146,8 @@ def chunk_attention(
     b,h,n,d = q.shape
     index,mask = chunk_plan(n, pat, q.device)
     (c,m),size = index.shape,mask.shape[1]
-    def pick(x): return x.transpose(1, 2).flatten(2).index_select(1, index.flatten()).view(b*c, m, h, d).transpose(1, 2)
+    rows = (index.flatten() + n*torch.arange(b, device=q.device)[:,None]).flatten()
+    def pick(x): return x.transpose(1, 2).reshape(b*n, h*d).index_select(0, rows).view(b*c, m, h, d).transpose(1, 2)
     mask = mask.expand(b, -1, -1, -1)
     if key_mask is not None: mask = _padded(mask, key_mask[:,index][:,:,None])
     q = F.pad(q.transpose(1, 2).flatten(2), (0,0,0,c*size-n)).view(b*c, size, h, d).transpose(1, 2)
