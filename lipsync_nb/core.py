@@ -163,6 +163,7 @@ def mute_stderr():
     sys.stderr.flush()
     keep,null = os.dup(2),os.open(os.devnull, os.O_WRONLY)
     try: os.dup2(null, 2); yield
+    except SystemExit: os.dup2(null, keep); raise                # ending anyway, while C++ goes on talking
     finally: os.dup2(keep, 2); os.close(keep); os.close(null)
 
 # %% ../nbs/00_core.ipynb #59d47eec

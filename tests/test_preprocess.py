@@ -175,7 +175,8 @@ def test_interrupted(films, tmp_path):
     wait_for(lambda: list(out.glob('*/*/meta.json')))
     os.killpg(p.pid, signal.SIGINT)
     _,err = p.communicate(timeout=60)
-    assert p.returncode == 2 and err.strip().count('\n') == 0 and 'interrupted' in err, err
+    said = [o for o in err.splitlines() if not re.match(r'[IW]\d{4} |INFO: |WARNING: All log', o)]    # what C++ threads of a worker say while it ends is not ours
+    assert p.returncode == 2 and len(said) == 1 and 'interrupted' in said[0], err
     assert not list(out.glob('*/.*')), 'a temporary folder was left'
     assert preprocess(films/'film', out, workers=2)['accepted'] == 6
     assert tree(out) == tree(films/'calm')
