@@ -11,7 +11,7 @@ from lipsync_nb.data.folder import file_entry, list_metas, load_meta, load_track
 from lipsync_nb.data.phones import fit_phones, load_phones
 from lipsync_nb.data.preprocess import is_done, preprocess
 from lipsync_nb.data.structure import check_struct, find_clips
-from lipsync_nb.metrics import bilabial_ratio
+from lipsync_nb.mouth import bilabial_ratio
 
 REAL = Path(os.environ.get('LIPSYNC_REAL_DATA') or Path(__file__).parents[2]/'shared/data/real')
 

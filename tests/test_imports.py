@@ -3,9 +3,9 @@ import ast, json, os, subprocess, sys
 import pytest
 
 # Packages that only one job needs: no module may import them at its head
-LAZY = ['mediapipe', 'nbdev', 'librosa', 'torchvision', 'wandb', 'espeakng_loader', 'skimage', 'praatio', 'pocketsphinx', 'dask', 'distributed', 'fsspec']
+LAZY = ['mediapipe', 'nbdev', 'librosa', 'torchvision', 'wandb', 'espeakng_loader', 'skimage', 'praatio', 'pocketsphinx', 'dask', 'distributed', 'fsspec', 'torchmetrics', 'torch_fidelity']
 # Modules of plain torch, and all that they may import
-PURE,PURE_MAY = ('models.', 'losses', 'gan', 'metrics'),{'torch', 'numpy', 'fastcore', 'pytorch_msssim'}
+PURE,PURE_MAY = ('models.', 'losses', 'gan', 'metrics', 'sets', 'mouth'),{'torch', 'numpy', 'fastcore', 'pytorch_msssim'}
 # ... including their own kind and the core's constants and errors
 PURE_OWN = ('core',)+PURE
 
