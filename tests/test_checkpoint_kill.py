@@ -1,5 +1,6 @@
 "Kill -9 at any moment leaves a store of checkpoints with a good one, and a log that goes on"
 import os, subprocess, sys
+import pytest
 
 # Torch is loaded once; each writer is a fork that saves as fast as it can until it is killed, and is then judged
 KILLS = '''
@@ -57,3 +58,48 @@ def test_kill_at_any_moment(root, tmp_path):
     r = subprocess.run([sys.executable, '-c', KILLS, str(tmp_path), '20'], cwd=root, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=300)
     assert r.returncode == 0, r.stderr
     assert 'kills survived 20' in r.stdout
+
+# A limit on the size of files is a full disk in the midst of a write, as root too; a small tmpfs is the real thing where it can be mounted
+FULL = '''
+import resource, shutil, sys
+from pathlib import Path
+import torch
+from lipsync_nb.core import LipSyncError
+from lipsync_nb.train.checkpoint import CheckpointStore
+from lipsync_nb.models.syncnet import SyncNet
+torch.set_num_threads(1)
+folder,how = Path(sys.argv[1]),sys.argv[2]
+store,net = CheckpointStore(folder/'checkpoints', keep=1),SyncNet.from_preset('demo')
+def save(step, n): return store.save(step, dict(expert=net), dict(step=step, big=torch.zeros(n)))
+save(1, 10)
+if how=='limit':
+    for limit in (100, 5_000, 50_000, 500_000):          # in the manifest, the state, the weights
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try: save(2, 200_000); raise AssertionError('nothing said')
+        except LipSyncError as e: print(e)
+        finally: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert store.load(dict(expert=net))[0] == 1 and len(list(store.folder.iterdir())) == 1, list(store.folder.iterdir())
+else:
+    real = shutil.disk_usage                             # what is asked beforehand may be wrong by the time of the write
+    for told in (True, False):
+        if not told: shutil.disk_usage = lambda p: real('/')._replace(free=2**60)
+        try: save(2, 4_000_000); raise AssertionError('nothing said')
+        except LipSyncError as e: print(e)
+        assert store.load(dict(expert=net))[0] == 1 and len(list(store.folder.iterdir())) == 1, list(store.folder.iterdir())
+save(3, 10); assert store.load(dict(expert=net))[0] == 3 # room again: all goes on
+'''
+
+def full(root, folder, how):
+    r = subprocess.run([sys.executable, '-c', FULL, str(folder), how], cwd=root, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=120)
+    assert r.returncode == 0, r.stderr
+    return r.stdout.splitlines()
+
+def test_disk_full_in_the_midst(root, tmp_path):
+    said = full(root, tmp_path, 'limit')
+    assert len(said) == 4 and all(o.startswith('cannot write ') and o.endswith('what was there before is untouched') for o in said), said
+
+def test_disk_really_full(root, tmp_path):
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=12m', 'tmpfs', str(tmp_path)], capture_output=True).returncode: pytest.skip('no small disk can be mounted here')
+    try: said = full(root, tmp_path, 'tmpfs')
+    finally: subprocess.run(['umount', '-l', str(tmp_path)], check=True)
+    assert len(said) == 2 and said[0].startswith('no room for a checkpoint') and said[1].startswith('cannot write'), said
