@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOUTH', 'LIPS', 'LEVELS', 'SYNC_KINDS', 'check_same', 'full', 'no_amp', 'mouth_weight', 'l1_loss', 'blur_matrix',
-           'blur', 'ssim_terms', 'ssim_levels', 'ms_ssim', 'ms_ssim_loss', 'temporal_loss', 'shape_loss', 'info_nce',
-           'freeze', 'expert_windows', 'sync_loss', 'flat_list', 'feature_matching']
+           'blur', 'ssim_terms', 'ssim_levels', 'ms_ssim', 'ms_ssim_loss', 'temporal_loss', 'clip_flow', 'follow',
+           'flow_loss', 'shape_loss', 'info_nce', 'freeze', 'expert_windows', 'sync_loss', 'flat_list',
+           'feature_matching']
 
 # %% ../nbs/30_losses.ipynb #a6e8056b
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn,Tensor
 
 from .core import MPF,mouth_mask
+from .models.temporal import lk_flow,warp
 
 # %% ../nbs/30_losses.ipynb #835cc210
 def check_same(
@@ -155,6 +157,40 @@ def temporal_loss(
     return l1_loss(pred.diff(dim=1), target.diff(dim=1), weight)
 
 # %% ../nbs/30_losses.ipynb #be68f647
+def clip_flow(
+    clip:Tensor, # True clip (b,t,3,h,w); height and width multiples of `cell`
+    cell:int=8, # Pixels a side of the cells that get one flow each
+)->Tensor: # (b,t-1,2,h,w): where in the frame before to look, in pixels to the right and down
+    "Optical flow from each frame to the one before"
+    x,last = clip[:,1:].flatten(0, 1),clip[:,:-1].flatten(0, 1)
+    with no_amp(clip): flow = F.interpolate(lk_flow(x, last, cell), x.shape[-2:], mode='bilinear')
+    return flow.unflatten(0, (len(clip),-1))
+
+def follow(
+    clip:Tensor, # (b,t,c,h,w)
+    flow:Tensor, # (b,t-1,2,h,w)
+)->Tensor: # (b,t-1,c,h,w), to be compared with frames 1…t-1
+    "Each frame but the last, moved to where the next one should have it"
+    return warp(clip[:,:-1].flatten(0, 1), flow.to(clip).flatten(0, 1)).unflatten(0, flow.shape[:2])
+
+# %% ../nbs/30_losses.ipynb #1d321e54
+def flow_loss(
+    pred:Tensor, # Painted clips (b,t,3,h,w)
+    target:Tensor, # True clips, same shape
+    weight:Tensor|None=None, # Weight of each pixel, as in `l1_loss`
+    flow:Tensor|None=None, # Flow of the true clips (b,t-1,2,h,w); `clip_flow(target)` if not given
+    α:float=50., # How fast a pixel loses its say as its true colour departs from the flow
+)->Tensor:
+    "L1 between each painted frame and the one before, moved as the true picture moves; 0 for clips of a single frame"
+    check_same(pred, target)
+    if pred.shape[1]<2: return pred.sum()*0
+    with torch.no_grad():
+        if flow is None: flow = clip_flow(target)
+        w = torch.exp(-α*(target[:,1:]-follow(target, flow)).square().mean(2, keepdim=True))
+        if weight is not None: w = w*weight.to(w)
+    return l1_loss(pred[:,1:], follow(pred, flow), w)
+
+# %% ../nbs/30_losses.ipynb #cd0e7a6d
 def shape_loss(
     pred:Tensor, # Predicted mouth shape (b,t,3)
     target:Tensor, # True shape, same; NaN where unknown
@@ -166,7 +202,7 @@ def shape_loss(
     w = known.to(pred) if weight is None else known*weight.to(pred)
     return ((pred - target.nan_to_num(0.)).abs()*w).sum() / w.sum().clamp(min=1e-8)
 
-# %% ../nbs/30_losses.ipynb #875b19a4
+# %% ../nbs/30_losses.ipynb #cef72f55
 def info_nce(
     v:Tensor, # Embeddings of windows of frames (b,d), unit norm
     a:Tensor, # Embeddings of their sounds (b,d), unit norm
@@ -180,14 +216,14 @@ def info_nce(
     i = torch.arange(len(v), device=v.device)
     return (F.cross_entropy(s, i) + F.cross_entropy(s.T, i))/2
 
-# %% ../nbs/30_losses.ipynb #3cb330f7
+# %% ../nbs/30_losses.ipynb #f30e95f4
 def freeze(
     module:nn.Module, # What shall no longer learn
 )->nn.Module:
     "Put a module into evaluation mode and stop its parameters from taking gradients; its inputs still do"
     return module.eval().requires_grad_(False)
 
-# %% ../nbs/30_losses.ipynb #4fab0cbc
+# %% ../nbs/30_losses.ipynb #32c31552
 def expert_windows(
     frames:Tensor, # Clips (b,n,3,h,w)
     mel:Tensor, # Their sound (b,4n,80)
@@ -199,7 +235,7 @@ def expert_windows(
     starts = [*range(0, n-t, t), n-t]
     return torch.cat([frames[:,s:s+t] for s in starts]),torch.cat([mel[:,MPF*s:MPF*(s+t)] for s in starts])
 
-# %% ../nbs/30_losses.ipynb #c0efbb97
+# %% ../nbs/30_losses.ipynb #42ae2342
 SYNC_KINDS = ('bce', 'nce')
 
 def sync_loss(
@@ -220,14 +256,14 @@ def sync_loss(
     scale = expert.logit_scale.detach() if scale is None else scale
     with no_amp(v): return F.cross_entropy(scale*(v@a.T), torch.arange(len(v), device=v.device))
 
-# %% ../nbs/30_losses.ipynb #419a400d
+# %% ../nbs/30_losses.ipynb #4c1347f8
 def flat_list(
     xs, # A tensor, or lists of lists of tensors
 )->list[Tensor]:
     "All tensors of a nested list, in order"
     return [xs] if isinstance(xs, Tensor) else [o for x in xs for o in flat_list(x)]
 
-# %% ../nbs/30_losses.ipynb #42ae2342
+# %% ../nbs/30_losses.ipynb #caf62a71
 def feature_matching(
     fake, # The critic's features of painted clips: (nested) list of tensors
     real, # Its features of the real clips, likewise
