@@ -28,8 +28,9 @@ $(STAMP): constraints.txt settings.ini setup.py
 demo: $(STAMP)
 	$(BIN)/lipsync_demo --out $(OUT)
 
-# One thread for each notebook, as many notebooks at a time as there are cores; then what a notebook cannot hold.
+# The sample that many chapters use; then one thread for each notebook, as many notebooks at a time as there are cores; then what a notebook cannot hold.
 test: $(STAMP)
+	$(ACTIVE) LIPSYNC_QUIET=1 python -m lipsync_nb.sample
 	$(ACTIVE) OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS) --timing
 	$(ACTIVE) python -m pytest -q tests
 

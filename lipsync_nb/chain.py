@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPECTED', 'SENTENCE', 'Phases', 'peak_mem_mb', 'DemoCfg', 'make_data', 'train_models', 'sheet', 'curves',
-           'write_report', 'showpieces', 'demo', 'lipsync_demo']
+           'write_report', 'headline', 'showpieces', 'demo', 'lipsync_demo']
 
 # %% ../nbs/61_chain.ipynb #e3f6d5c6
 import resource, shutil, sys, time
@@ -14,23 +14,25 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import LipSyncError, cli, save_json
+from .core import LipSyncError, cli, hash_file, hushed, save_json
 from .data.index import build_index, load_index
 from .data.loaders import ClipStore
 from .data.preprocess import preprocess
 from .demo import demo_portrait, load_truth, make_corpus
-from .evaluate import dub_set, summary
+from .eval.core import evaluate_checkpoint
+from .eval.films import dub_set, summary
+from .eval.report import family_tables
 from .infer.core import LipSync
 from .media import contact_sheet, write_audio
-from .metrics import speech_mask
+from .mouth import speech_mask
 from .models.generator import Generator
 from .models.syncnet import SyncNet
-from .report import clip, page, picture, plot, row, table, text
+from .report import clip, marked, page, picture, plot, row, table, text
 from .speech import speak
 from .train.checkpoint import load_model, model_info
 from .train.learner import RUNS, Run, TrainCfg
 from .train.log import plot_log
-from .train.syncnet import EXPERTS, ExpertCfg, check_expert, fit_expert, pick_device
+from .train.syncnet import EXPERTS, ExpertCfg, check_expert, drawn, fit_expert, pick_device
 
 # %% ../nbs/61_chain.ipynb #69540d44
 class Phases:
@@ -72,9 +74,11 @@ class DemoCfg:
     train:TrainCfg = RUNS['demo']
     seed:int = 0
     workers:int = 2
+    judged:int = None      # Clips that the harness judges; all if not given
 
-EXPECTED = dict(corpus=37, preprocess=38, expert=34, training=156, dubbing=24, report=5) # seconds on two idle cores, the pace that `Phases` starts from
+EXPECTED = dict(corpus=37, preprocess=38, expert=34, training=156, scorer=34, dubbing=24, evaluation=45, report=5) # seconds on two idle cores, the pace that `Phases` starts from
 
+# %% ../nbs/61_chain.ipynb #4a2a7e25
 def make_data(
     out:Path, # Folder of the demo
     cfg:DemoCfg,
@@ -88,22 +92,25 @@ def make_data(
         share = 1.001/cfg.clips
         build_index(out/'processed', by='source', valid=share, test=share, seed=cfg.seed)
 
+# %% ../nbs/61_chain.ipynb #9b14389e
 def train_models(
     out:Path, # Folder of the demo
     cfg:DemoCfg,
     phases:Phases,
     allow_weak:bool=False, # Go on with an expert below its gate?
-)->tuple[Generator,SyncNet]:
-    "Expert and generator, each in its run's folder"
+)->tuple[Generator,SyncNet]: # The generator, and an expert that did not teach it
+    "Expert, generator and scorer, each in its run's folder"
     train,valid = ClipStore(out/'processed', 'train'),ClipStore(out/'processed', 'valid')
     with phases('expert'): path = fit_expert(train, valid, out/'runs'/'expert', replace(cfg.expert, seed=cfg.seed), pick_device())
     expert = load_model(path, SyncNet)
     check_expert(model_info(path)['meta'], allow_weak)
-    with phases('training'): path = Run(train, valid, out/'runs'/'generator', replace(cfg.train, seed=cfg.seed), expert, pick_device()).fit(resume=False)
-    shutil.copy2(path, out/'generator.safetensors')
-    return load_model(path, Generator), expert
+    with phases('training'): gen = Run(train, valid, out/'runs'/'generator', replace(cfg.train, seed=cfg.seed), expert, pick_device(), teacher=hash_file(path)).fit(resume=False)
+    shutil.copy2(gen, out/'generator.safetensors')
+    other = cfg.seed+1
+    with phases('scorer'): path = fit_expert(*drawn(out/'processed', other), out/'runs'/'scorer', replace(cfg.expert, seed=other, split_seed=other), pick_device())
+    return load_model(gen, Generator), load_model(path, SyncNet)
 
-# %% ../nbs/61_chain.ipynb #9b14389e
+# %% ../nbs/61_chain.ipynb #71cc9610
 def sheet(
     seen:dict, # From `dub_set`: what was observed on one clip
     rows=('real', 'dubbed', 'swapped'),
@@ -114,6 +121,7 @@ def sheet(
     at = np.linspace(0, k-1, n+2).round().astype(int)[1:-1]
     return contact_sheet([seen[r]['crops'][i] for r in rows for i in at], n)
 
+# %% ../nbs/61_chain.ipynb #b577f518
 def curves(
     seen:dict, # From `dub_set`
     truth:dict, # From `load_truth`
@@ -126,16 +134,17 @@ def curves(
     for r in ('real', 'dubbed', 'swapped'): ax.plot(seen[r]['opening'], lw=1, label=r)
     ax.set(ylabel='opening')
 
-# %% ../nbs/61_chain.ipynb #5eec95eb
+# %% ../nbs/61_chain.ipynb #3b79eff5
 def write_report(
     out:Path, # Folder of the demo
     seen:list, # From `dub_set`
     truths:list, # `load_truth` of each test clip
     rows:dict, # From `summary`
     facts:dict, # metrics.json
+    judged:dict, # From `evaluate_checkpoint`
     shown:int=4, # Clips to show
 ):
-    "`report.html`: pictures, curves, losses and the table, in one file"
+    "`report.html`: pictures, curves, losses and the tables, in one file"
     from matplotlib.figure import Figure
     k = min(shown, len(seen))
     fig = Figure(figsize=(10, 1.8*k)); axs = fig.subplots(k, 1, squeeze=False)[:,0]
@@ -145,19 +154,34 @@ def write_report(
     page(out/'report.html', 'lipsync_nb demo', {
         'Result': [row(clip(out/'dubbed.mp4', 'A held-out clip says a sentence that is in no clip'), clip(out/'dubbed_still.mp4', 'A still picture of an unseen person, the same sentence')),
                    text('Mouths are painted by a generator trained for minutes; nothing here is a real person speaking.')],
-        'Figures': [table({'real video': rows['real'], 'dubbed': rows['dubbed'], 'static mouth': rows['static']}, 'row'),
-                    text('Means over held-out clips, measured by landmarks on the written files. mouth_corr: correlation of the opening with the truth during speech. mouth_corr_swapped: the same while other words are dubbed on '
-                         '(for real video: against another clip\'s truth); near 0 is right. articulation: spread of the opening, dubbed over true. bilabial_ratio: opening on p, b, m over that of the most open fifth; 0 is shut. '
-                         'expert_acc: two-way accuracy of the expert, which taught the generator and is no independent judge of the dubbed row.')],
+        'Dubbed films, and the truth': [table({'real video': rows['real'], 'dubbed': rows['dubbed'], 'static mouth': rows['static']}, 'row'), text(_FILMS)],
+        'The judge': [marked(judged['notes']), *family_tables(judged), text('On crops, in all the versions that a generator has to beat; the whole page is evaluation/report.html beside this one.')],
         'Faces': [picture(sheet(s), f'{t["text"]} Rows: real, dubbed with the same words, dubbed with other words') for s,t in list(zip(seen, truths))[:k]],
         'Opening of the mouth': plot(fig, 'Truth, real video, dubbed with the same words, dubbed with other words'),
         'Losses': plot(losses, 'Each stage shaded; dotted: validation'),
         'Time': table({k: dict(seconds=round(v, 1)) for k,v in facts['seconds'].items()}, 'phase'),
     }, f'{facts["n_clips"]} held-out clips; {facts["seconds"]["total"]/60:.1f} minutes; at most {facts["peak_mem_mb"]:,} MB')
 
-# %% ../nbs/61_chain.ipynb #b577f518
+_FILMS = ('Means over held-out clips, measured by landmarks on the written files. mouth_corr: correlation of the opening with the truth during speech. mouth_corr_swapped: the same while other words are dubbed on '
+          '(for real video: against another clip\'s truth); near 0 is right. articulation: spread of the opening, dubbed over true. bilabial_ratio: opening on p, b, m over that of the most open fifth; 0 is shut. '
+          'expert_acc: two-way accuracy of the scorer, an expert that did not teach the generator.')
+
+# %% ../nbs/61_chain.ipynb #5061b572
+def headline(
+    rows:dict, # From `summary`
+    judged:dict, # From `evaluate_checkpoint`
+    cfg:DemoCfg,
+)->dict: # What metrics.json begins with
+    "The figures of the films, and the main ones of the judge"
+    keys = ('expert_acc', 'mouth_corr', 'mouth_corr_swapped', 'articulation', 'bilabial_ratio', 'n_clips')
+    pick = lambda r: {k: rows[r][k] for k in keys}
+    mean = lambda r: {m: s['value'] for m,s in judged['rows'][r].items()}
+    return pick('dubbed') | dict(expert_acc=rows['real']['expert_acc'], expert_acc_dubbed=rows['dubbed']['expert_acc'], real=pick('real'), static=pick('static'), seed=cfg.seed,
+        judged={r: mean(r) for r in judged['rows']}, flags=judged['flags'])
+
 SENTENCE = 'Give me a moment, and my mouth will move to every word that you hear.'
 
+# %% ../nbs/61_chain.ipynb #2a14949e
 def showpieces(
     out:Path, # Folder of the demo
     lip:LipSync,
@@ -169,6 +193,7 @@ def showpieces(
     lip.dub(video, sound, out/'dubbed.mp4', follow='audio')
     lip.dub(demo_portrait(out/'still.png'), sound, out/'dubbed_still.mp4')
 
+# %% ../nbs/61_chain.ipynb #f7c38b51
 def demo(
     out:Path, # Folder for everything
     cfg:DemoCfg=DemoCfg(),
@@ -178,27 +203,27 @@ def demo(
 )->dict: # What is in metrics.json
     "The whole chain"
     start,phases = time.perf_counter(),Phases(EXPECTED, show)
-    for name in ('corpus', 'processed', 'runs', 'clips'): shutil.rmtree(out/name, ignore_errors=True)
+    for name in ('corpus', 'processed', 'runs', 'clips', 'evaluation'): shutil.rmtree(out/name, ignore_errors=True)
     make_data(out, cfg, phases, portraits)
-    gen,expert = train_models(out, cfg, phases, allow_weak)
+    gen,scorer = train_models(out, cfg, phases, allow_weak)
     with phases('dubbing'):
         df = load_index(out/'processed'); test = df[df.split == 'test']
         clips = [out/'corpus'/r.person/f'{r.clip}.mp4' for r in test.itertuples()]
         lip,truths = LipSync(gen=gen),[load_truth(c) for c in clips]
         seen = dub_set(lip, clips, out/'clips', cfg.workers)
-        rows = summary(seen, truths, expert)
+        rows = summary(seen, truths, scorer)
+    with phases('evaluation'), hushed():
+        runs = out/'runs'; judged = evaluate_checkpoint(out/'generator.safetensors', out/'processed', out/'evaluation', scorer=runs/'scorer'/'expert.safetensors', teacher=runs/'expert'/'expert.safetensors',
+            limit=cfg.judged, workers=cfg.workers if cfg.workers > 1 else 0)
     with phases('report'):
         showpieces(out, lip, clips[0], truths[0]['voice'])
-        keys = ('expert_acc', 'mouth_corr', 'mouth_corr_swapped', 'articulation', 'bilabial_ratio', 'n_clips')
-        pick = lambda r: {k: rows[r][k] for k in keys}
-        facts = pick('dubbed') | dict(expert_acc=rows['real']['expert_acc'], expert_acc_dubbed=rows['dubbed']['expert_acc'], real=pick('real'), static=pick('static'), seed=cfg.seed)
-        facts |= dict(seconds=phases.seconds | dict(total=time.perf_counter()-start), peak_mem_mb=peak_mem_mb(cfg.workers))
-        write_report(out, seen, truths, rows, facts)
+        facts = headline(rows, judged, cfg) | dict(seconds=phases.seconds | dict(total=time.perf_counter()-start), peak_mem_mb=peak_mem_mb(cfg.workers))
+        write_report(out, seen, truths, rows, facts, judged)
     facts['seconds'] = phases.seconds | dict(total=time.perf_counter()-start)
     save_json(facts, out/'metrics.json')
     return facts
 
-# %% ../nbs/61_chain.ipynb #3b79eff5
+# %% ../nbs/61_chain.ipynb #dde10197
 @cli
 def lipsync_demo(
     out:Path=None, # Folder for everything that is made
