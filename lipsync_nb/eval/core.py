@@ -312,5 +312,5 @@ def lipsync_eval(
     if out is None: raise LipSyncError('no --out given; name a folder for the report')
     if checkpoint and data is None: raise LipSyncError('no --data given; name a folder made by lipsync_preprocess and lipsync_index')
     facts = evaluate_checkpoint(checkpoint, data, out, split, scorer, features, identity, teacher, limit, workers, allow_teacher) if checkpoint else evaluate_pairs(pairs, out, scorer, features, identity, limit=limit, workers=workers)
-    print(brief(facts), *(f'{m}: {s}' for m,s in facts['notes'] if m != 'ok'), f'open {out/PAGE}', sep='\n')
+    print(brief(facts), *(f'{m}: {s}' for m,s in facts['notes'] if m != 'ok'), f'open {Path(out)/PAGE}', sep='\n')
     if facts['failed'] or any(m == 'stop' for m,_ in facts['notes']): raise SystemExit(1)

@@ -60,7 +60,7 @@ class Figure:
     band:float|None = None # Smallest excess over its median that counts, as a share of it; None = not watched
 
 FIGURES = {
-    **{k: Figure('low', 1.) for k in ('loss', 'l1', 'ssim', 'shape', 'temporal', 'sync')},
+    **{k: Figure('low', 1.) for k in ('loss', 'l1', 'ssim', 'shape', 'temporal', 'flow', 'sync')},
     **{k: Figure('low')      for k in ('frechet', 'kid', 'lmd', 'lmd_eye', 'lse_d')},
     **{k: Figure('high')     for k in ('ms_ssim', 'psnr', 'mouth_ms_ssim', 'mouth_psnr', 'acc', 'sync_acc', 'lse_c', 'mouth_corr')},
     'grad_norm': Figure('', 19.)}

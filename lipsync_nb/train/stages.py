@@ -18,10 +18,10 @@ from torch import nn, Tensor
 
 from ..core import MPF, mask_box, mouth_mask
 from ..gan import GanLoss
-from ..losses import feature_matching, l1_loss, mouth_weight, ms_ssim_loss, shape_loss, sync_loss, temporal_loss
+from ..losses import feature_matching, flow_loss, l1_loss, mouth_weight, ms_ssim_loss, shape_loss, sync_loss, temporal_loss
 
 # %% ../../nbs/44_train.stages.ipynb #1c217aff
-TERMS  = ('shape', 'l1', 'ssim', 'temporal', 'sync', 'adv', 'fm')
+TERMS  = ('shape', 'l1', 'ssim', 'temporal', 'flow', 'sync', 'adv', 'fm')
 SCHEDS = ('cycle', 'cosine', 'linear', 'flat')
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class GenLoss:
         amp=nullcontext, # From `precision`
     ):
         self.cfg,self.expert,self.critic,self.gan,self.before,self.amp = cfg,expert,critic,gan,before,amp
-        self.on = [k for k,w in cfg.weights.items() if w and (cfg.adversarial or k not in ('adv', 'fm'))]
+        self.on = [k for k in TERMS if cfg.weights.get(k) and (cfg.adversarial or k not in ('adv', 'fm'))]
         if 'sync' in self.on and expert is None: raise ValueError(f'stage {cfg.name} has a sync loss, which needs an expert')
         if cfg.adversarial and (critic is None or gan is None): raise ValueError(f'stage {cfg.name} is adversarial, which needs a critic and its game')
         self.box,self.w = mask_box(size),mouth_weight(size)*torch.from_numpy(mouth_mask(size))
@@ -188,8 +188,12 @@ def _temporal(self:GenLoss, out, heard, frames, mel, shape): return temporal_los
 @patch
 def _sync(self:GenLoss, out, heard, frames, mel, shape): return sync_loss(self.expert, out, mel, t=self.expert.cfg.t)
 @patch
-def _adv(self:GenLoss, out, heard, frames, mel, shape): return self.gan.gen_loss(hearing(self.critic, mel)(out))
+def _flow(self:GenLoss, out, heard, frames, mel, shape): return flow_loss(out, frames, self.w.to(out.device))
+@patch
+def _adv(self:GenLoss, out, heard, frames, mel, shape):
+    scores,self.saw = hearing(self.critic, mel)(out, features=True)    # `fm`, which comes next, need not look again
+    return self.gan.gen_loss(scores)
 @patch
 def _fm(self:GenLoss, out, heard, frames, mel, shape):
     with torch.no_grad(): real = self.critic.features(frames)
-    return feature_matching(self.critic.features(out), real)
+    return feature_matching(self.saw if 'adv' in self.on else self.critic.features(out), real)
