@@ -191,9 +191,8 @@ def _sync(self:GenLoss, out, heard, frames, mel, shape): return sync_loss(self.e
 def _flow(self:GenLoss, out, heard, frames, mel, shape): return flow_loss(out, frames, self.w.to(out.device))
 @patch
 def _adv(self:GenLoss, out, heard, frames, mel, shape):
-    scores,self.saw = hearing(self.critic, mel)(out, features=True)    # `fm`, which comes next, need not look again
-    return self.gan.gen_loss(scores)
+    return self.gan.gen_loss(hearing(self.critic, mel)(out))
 @patch
 def _fm(self:GenLoss, out, heard, frames, mel, shape):
     with torch.no_grad(): real = self.critic.features(frames)
-    return feature_matching(self.saw if 'adv' in self.on else self.critic.features(out), real)
+    return feature_matching(self.critic.features(out), real)
