@@ -58,27 +58,26 @@ def match_colour(
     field = dw[...,:3]/(dw[...,3:]+1e-4)
     return (painted + cv2.resize(field, (size,size), interpolation=cv2.INTER_LINEAR)).clip(0, 255)
 
-# %% ../../nbs/50g_infer.paste.ipynb #e42c01b2
+# %% ../../nbs/50g_infer.paste.ipynb #325ccc15
 GAIN = .5,2. # Least and greatest factor on fine detail
 
 def fine(
-    x:np.ndarray, # (h,w,3) float32
+    x:np.ndarray, # (h,w) or (h,w,3) float32
     scale:float, # Picture pixels in a crop pixel
 )->np.ndarray: # Likewise
     "Detail finer than about one and a half crop pixels"
     return x - need('cv2').GaussianBlur(x, (0,0), max(.6, .75*scale))
 
 def detail_ratio(
-    film:np.ndarray, # (h,w,3) what the film shows in the region
-    painted:np.ndarray, # (h,w,3) float32: its `fine` detail of what is painted
+    film:np.ndarray, # (h,w) float32: `fine` detail of the film's brightness in the region
+    painted:np.ndarray, # (h,w) float32: that of what is painted
     alpha:np.ndarray, # (h,w) mask
-    scale:float, # Picture pixels in a crop pixel
 )->float: # In `GAIN`
     "How much more fine detail the film has"
-    m = alpha > .5
-    if m.sum() < 16: return 1.
-    e = lambda d: float(np.sqrt((d[m]**2).mean()))
-    return float(np.clip(e(fine(film.astype(np.float32), scale))/(e(painted)+.1), *GAIN))
+    w = (alpha > .5).astype(np.float32)
+    if w.sum() < 16: return 1.
+    e = lambda d: float(np.sqrt(np.vdot(d*d, w)/w.sum()))
+    return float(np.clip(e(film)/(e(painted)+.1), *GAIN))
 
 # %% ../../nbs/50g_infer.paste.ipynb #a574c766
 def paste_box(
@@ -106,7 +105,7 @@ class Paster:
 
     def reset(self): self.ratio = None
 
-# %% ../../nbs/50g_infer.paste.ipynb #6aa180d7
+# %% ../../nbs/50g_infer.paste.ipynb #fe024485
 @patch
 def __call__(self:Paster,
     pic:Picture, # The frame
@@ -122,13 +121,14 @@ def __call__(self:Paster,
     alpha = self.base if outline is None else face_mask(outline, self.base)
     if self.colour: painted = match_colour(painted, source, alpha)
     A = crop_matrix(M, size); scale = 1/np.hypot(*A[:,0]); A[:,2] += A[:,:2] @ (l,t)
-    back = lambda x,how: cv2.warpAffine(x, A, (r-l,b-t), flags=how|cv2.WARP_INVERSE_MAP)
-    α,x = back(alpha, cv2.INTER_LINEAR),back(np.asarray(painted, np.float32), cv2.INTER_CUBIC)
+    back = lambda x,A: cv2.warpAffine(x, A, (r-l,b-t), flags=cv2.INTER_LINEAR|cv2.WARP_INVERSE_MAP)
+    k = int(np.clip(np.ceil(scale), 1, 4)); B = k*A; B[:,2] += (k-1)/2    # enlarged by cubic splines first, which is as good as a cubic warp and faster
+    α,x = back(alpha, A),back(cv2.resize(np.rint(painted).astype(np.uint8), (k*size,k*size), interpolation=cv2.INTER_CUBIC), B)
     if self.sharpen:
-        d = fine(x, scale); now = detail_ratio(pic.rgb(box), d, α, scale)
+        d = fine(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY).astype(np.float32), scale); now = detail_ratio(fine(pic.luma(box), scale), d, α)
         self.ratio = now if self.ratio is None else self.keep*self.ratio + (1-self.keep)*now
-        x += self.sharpen*(self.ratio-1)*d
-    return pic.lay(box, np.rint(x.clip(0, 255)).astype(np.uint8), α*np.float32(weight))
+        x = cv2.add(x, cv2.merge([self.sharpen*(self.ratio-1)*d]*3), dtype=cv2.CV_8U)
+    return pic.lay(box, x, α*np.float32(weight))
 
 # %% ../../nbs/50g_infer.paste.ipynb #21f73f3b
 def seam(

@@ -84,7 +84,7 @@ class Picture:
     @property
     def hdr(self)->str: return _HDR.get(self.frame.color_trc, '') # 'PQ', 'HLG' or ''
 
-# %% ../../nbs/49_infer.picture.ipynb #851388f5
+# %% ../../nbs/49_infer.picture.ipynb #c130c0bc
 def _whole(box, shape): # even places, inside the picture; an odd picture has no halved chroma to be even for
     t,b,l,r = box
     return (max(t-t%2, 0), min(b+b%2, shape[0]), max(l-l%2, 0), min(r+r%2, shape[1]))
@@ -96,6 +96,14 @@ def _lying(self:Picture, box):
     return [(t,b,l,r), (l,r,w-b,w-t), (h-b,h-t,w-r,w-l), (h-r,h-l,t,b)][self.turn]
 
 @patch
+def luma(self:Picture,
+    box:tuple, # `(top, bottom, left, right)`, half-open, at even places
+)->np.ndarray: # (h,w) float32, 0 to 255
+    "The brightness of a part, upright, as it is coded"
+    t,b,l,r = self._lying(box); y = _planes(self.frame)[0][t:b,l:r].astype(np.float32)
+    return np.ascontiguousarray(np.rot90(y/4 if self.frame.format.name.endswith('10le') else y, self.turn))
+
+@patch
 def _part(self:Picture, box):
     "A part of the frame, as a frame; `box` has even places"
     t,b,l,r = self._lying(box)
@@ -105,7 +113,7 @@ def _part(self:Picture, box):
         a[:] = p[t//y:t//y+a.shape[0], l//x:l//x+a.shape[1]]
     return out
 
-# %% ../../nbs/49_infer.picture.ipynb #7805a2ab
+# %% ../../nbs/49_infer.picture.ipynb #a66e6de2
 @patch
 def rgb(self:Picture,
     box:tuple=None, # `(top, bottom, left, right)`, half-open, inside the picture; `None` = all of it
@@ -114,8 +122,10 @@ def rgb(self:Picture,
     "What is seen"
     big = _whole(box, self.shape) if box else None
     f = self._part(big) if box else self.frame
-    if reduce > 1: f = f.reformat(width=max(f.width//reduce, 1), height=max(f.height//reduce, 1), format='rgb24', interpolation='AREA')
     a = f.to_ndarray(format='rgb24')
+    if reduce > 1:
+        import cv2
+        a = cv2.resize(a, (max(a.shape[1]//reduce, 1),max(a.shape[0]//reduce, 1)), interpolation=cv2.INTER_AREA)
     if self.hdr: a = _tone(a, self.hdr)
     a = np.rot90(a, self.turn)
     if box and reduce == 1: a = a[box[0]-big[0]:,box[2]-big[2]:][:box[1]-box[0],:box[3]-box[2]]
@@ -142,7 +152,7 @@ def untone(
     light,e = _signal(kind)
     return np.interp(np.maximum(x @ _TO_2020.T, 0), light, e).astype(np.float32)
 
-# %% ../../nbs/49_infer.picture.ipynb #01b2c4d1
+# %% ../../nbs/49_infer.picture.ipynb #5b9311dd
 def _to_planes(rgb, like, hdr, before):
     "RGB (h,w,3) in the format and colours of the frame `like`"
     if not hdr: f = av.VideoFrame.from_ndarray(rgb, format='rgb24')
@@ -153,6 +163,12 @@ def _to_planes(rgb, like, hdr, before):
     return _planes(out), out
 
 _SWS = {1:1, 4:4, 5:5, 6:5, 7:7, 9:9, 10:9}                     # a frame's matrix, as FFmpeg's converter numbers it; unknown = BT.601, as when decoding
+
+def _blend(old, new, α):
+    "Between two planes; exactly the old one where `α` is 0"
+    import cv2
+    if old.dtype == np.uint8: return cv2.blendLinear(np.ascontiguousarray(old), np.ascontiguousarray(new), 1-α, α)
+    return np.rint(old + α*(new.astype(np.float32)-old))
 
 @patch
 def lay(self:Picture,
@@ -166,18 +182,18 @@ def lay(self:Picture,
     if rgb.shape != (h,w,3) or alpha.shape != (h,w): raise ValueError(f'expected rgb {(h,w,3)} and alpha {(h,w)} for the box, got {rgb.shape} and {alpha.shape}')
     big = _whole(box, self.shape)
     pad = [(box[0]-big[0], big[1]-box[1]), (box[2]-big[2], big[3]-box[3])]
-    part = self._part(big); before = self.rgb(big)
-    rgb = np.where(np.pad(np.ones((h,w,1), bool), [*pad, (0,0)]), np.pad(rgb, [*pad, (0,0)]), before)
+    part = self._part(big); before = self.rgb(big) if self.hdr else None
+    rgb = np.pad(rgb, [*pad, (0,0)], mode='edge')
     lie = lambda a: np.ascontiguousarray(np.rot90(a, -self.turn))
     α = lie(np.pad(alpha, pad).astype(np.float32))
-    new,keep = _to_planes(lie(rgb), part, self.hdr, lie(before)) # `keep`: the planes are views into it
+    new,keep = _to_planes(lie(rgb), part, self.hdr, lie(before) if self.hdr else None) # `keep`: the planes are views into it
     out = Picture.__new__(Picture); out.turn,out.frame = self.turn,self._copy()
     t,b,l,r = self._lying(big)
     for n,p in zip(new, _planes(out.frame)):
         y,x = -(-self.frame.height//p.shape[0]),-(-self.frame.width//p.shape[1])
         a = α if n.shape == α.shape else cv2.resize(α, n.shape[::-1], interpolation=cv2.INTER_AREA)
         roi = p[t//y:t//y+n.shape[0], l//x:l//x+n.shape[1]]
-        roi[:] = np.rint(roi + a*(n.astype(np.float32)-roi))
+        roi[:] = _blend(roi, n, a)
     return out
 
 @patch
