@@ -208,7 +208,7 @@ def _clear(folder, job):
         if f.name not in ('lock','job.json') and (not same or is_leftover(f)): f.unlink()
     if not same: save_json(job, note)
 
-# %% ../../nbs/51_infer.core.ipynb #28f4f7cb
+# %% ../../nbs/51_infer.core.ipynb #2034b26d
 @contextmanager
 def spare_core():
     "One torch thread fewer, for as long as the block lasts"
@@ -217,12 +217,14 @@ def spare_core():
     try: yield
     finally: torch.set_num_threads(n)
 
+_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EPERM, errno.EACCES} # what a disk may say
+
 @contextmanager
 def _told(output):
     "Tell of a disk that would not take more in one sentence"
     try: yield
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO): raise told(e, output) from None
+        if e.errno in _WRITING: raise told(e, output) from None
         raise
 
 # %% ../../nbs/51_infer.core.ipynb #a245d8c8
