@@ -221,7 +221,7 @@ def test_interrupt(store, tmp_path):
     a = wav(tmp_path/'a.wav', 300)
     p = subprocess.Popen([SCRIPT, '--checkpoint', store/'gen.safetensors', '--video', store/'clip.mp4', '--audio', a, '--follow', 'audio', '--output', tmp_path/'x.mp4'],
         stderr=subprocess.PIPE, text=True, env={**os.environ, 'LIPSYNC_QUIET':'1'})
-    while p.poll() is None and not list(tmp_path.glob('.*.mp4')): time.sleep(.1)
+    while p.poll() is None and not list(tmp_path.glob('.*.parts*/.part*.mp4')): time.sleep(.1)
     p.send_signal(signal.SIGINT)
     assert 'interrupted' in p.communicate()[1] and p.returncode == 2
     assert [o.name for o in tmp_path.iterdir()] == ['a.wav']

@@ -6,7 +6,7 @@
 __all__ = ['PREROLL', 'Plan', 'mix_sounds', 'LipSync', 'segments', 'face_boxes', 'make_report', 'work_folder', 'spare_core',
            'lipsync_infer']
 
-# %% ../../nbs/51_infer.core.ipynb #59b451e7
+# %% ../../nbs/51_infer.core.ipynb #950dc942
 import errno, hashlib, json, os, shutil, time
 from contextlib import ExitStack, contextmanager
 from collections import deque
@@ -29,6 +29,7 @@ from .film import Behind, Film, Spool, ahead, read_sound, spans, to_and_fro
 from .lips import CTX, Lips, Stopwatch, batches
 from .provenance import MARK, mark_video
 from .score import Watcher, judge_lips, load_judge
+from .voice import voice_detector
 from .writer import PartWriter, join, told
 
 # %% ../../nbs/51_infer.core.ipynb #85c55491
@@ -257,7 +258,7 @@ def _scene(self:LipSync, video, folder, resume):
     if resume: scene.save(note)
     return scene
 
-# %% ../../nbs/51_infer.core.ipynb #90a3945b
+# %% ../../nbs/51_infer.core.ipynb #5624a2bc
 @patch
 def dub(self:LipSync,
     video, # A video, a picture, or what `scout` found in one
@@ -283,7 +284,7 @@ def dub(self:LipSync,
     "Make the face in `video` speak `audio`"
     options = {k:v for k,v in locals().items() if k not in ('self','video','audio','output','report','resume')}
     if follow not in ('video','audio'): raise LipSyncError(f"cannot follow '{follow}'; choose video or audio")
-    if not 0 <= openness <= 3: raise LipSyncError(f'openness {openness:g} is out of range; give a factor from 0 (closed) to 3')
+    if not 0 <= openness <= 2: raise LipSyncError(f'openness {openness:g} is out of range; give a factor from 0 (closed) to 2')
     output,watch,start = Path(output),Stopwatch(),time.perf_counter()
     audio = list(audio) if isinstance(audio, (list,tuple)) else [audio]; source = video.film.path if isinstance(video, Scene) else Path(video)
     _check_output(output, [*audio, source])
@@ -298,7 +299,7 @@ def dub(self:LipSync,
         with watch('join'): whole = join(files, p.ticks, folder/'whole.mp4', p.look, p.sound, p.sr, MARK if mark else None)
         with watch('mark'): marked = mark_video(whole, tmp, source, scene.film.still, cert, key, self.fingerprint) if mark else whole.replace(tmp) and None
         rep = make_report(p, watch, time.perf_counter()-start) | dict(output=str(output), mark=marked, generator=self.fingerprint,
-            audio=dict(sample_rate=p.sr, channels=p.sound.row[0], seconds=round(len(p.sound)/p.sr, 3)), sync=self._sync(p, expert, files) if expert else None)
+            audio=dict(sample_rate=p.sr, channels=p.sound.row[0], seconds=round(len(p.sound)/p.sr, 3)), sync=self._sync(p, expert, files) if expert else None, silence=voice_detector() if silence else None)
         if note: save_json(rep, note)
     return rep
 
@@ -308,7 +309,7 @@ def _sync(self:LipSync, p, expert, files):
     got = [np.load(f.with_suffix('.npz')) for f in files if f.with_suffix('.npz').exists()]
     v = [g['v'] for g in got if len(g['starts'])]
     wav,_ = read_sound(p.parts[0].voice.path, SR, mono=True)
-    return judge_lips(expert, np.concatenate([g['starts'] for g in got]), np.concatenate(v) if v else np.zeros((0,1)), lambda a,b: wav[a:b][:,0], int(p.t[-1]*FPS)+1)
+    return judge_lips(expert, np.concatenate([g['starts'] for g in got]), np.concatenate(v) if v else np.zeros((0,1)), wav, int(p.t[-1]*FPS)+1)
 
 # %% ../../nbs/51_infer.core.ipynb #2288fa2e
 @cli

@@ -136,7 +136,7 @@ class Spool:
         raw = os.pread(self.f.fileno(), max(b-a, 0)*self.bytes, a*self.bytes)
         return np.frombuffer(raw, self.dtype).reshape(-1, *self.row)
 
-# %% ../../nbs/50_infer.film.ipynb #b7a9bea3
+# %% ../../nbs/50_infer.film.ipynb #7bd78168
 _AAC = (96000,88200,64000,48000,44100,32000,24000,22050,16000,12000,11025,8000,7350) # sample rates that AAC knows
 
 def _pieces(path, c, layout, sr):
@@ -158,15 +158,15 @@ def read_sound(
     path, # A sound file, or a video with sound
     sr:int=None, # Sample rate; `None` = its own, or 48 kHz where AAC does not know it
     mono:bool=False, # Mix down to one channel? Else one or two
-)->tuple[Spool,int]: # (n,channels) float32 in [-1,1], and the sample rate
+)->tuple[Spool,int]: # (n,channels) float32 in [-1,1], or (n,) where mixed down; and the sample rate
     "Decode the first sound track of a file, in step with its picture"
     with _open(path) as c:
         a = next(iter(c.streams.audio), None)
         if a is None: raise LipSyncError(f'{path} has no sound; give a file with an audio track')
         if a.codec_context is None: raise LipSyncError(f'the sound of {path} is in a coding that cannot be decoded here; convert it to AAC or WAV')
         sr = sr or (a.sample_rate if a.sample_rate in _AAC else 48_000)
-        out = Spool((1 if mono or a.channels == 1 else 2,))
-        for x in _pieces(path, c, ('mono','stereo')[out.row[0]-1], sr): out.add(x)
+        ch = 1 if mono or a.channels == 1 else 2; out = Spool(() if mono else (ch,))
+        for x in _pieces(path, c, ('mono','stereo')[ch-1], sr): out.add(x[:,0] if mono else x)
     if not len(out): raise LipSyncError(f'the sound of {path} ends before its picture starts; give a file in which they meet')
     return out, sr
 

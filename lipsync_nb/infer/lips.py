@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GAP', 'CTX', 'Refs', 'pick_refs', 'Lips', 'Voice', 'token_rows', 'crop_of', 'batches', 'Stopwatch', 'Part']
 
-# %% ../../nbs/50i_infer.lips.ipynb #27cb43ec
+# %% ../../nbs/50i_infer.lips.ipynb #9ab0cc8b
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .faces import Face, Scene
 from .film import Spool, fade_weights, read_sound
 from .paste import Paster
 from .picture import Picture
-from .voice import closed_shape, hush, speech_gate, steer
+from .voice import closed_shape, gate_at, hush, speech_gate, steer
 from ..models.generator import Generator
 
 # %% ../../nbs/50i_infer.lips.ipynb #cd9b40ec
@@ -82,7 +82,7 @@ class Lips:
     def _pictures(self, crops): # list of (h,w,3) uint8 → (n,3,h,w) float
         return torch.from_numpy(np.stack(crops)).to(self.device).permute(0,3,1,2)/255
 
-# %% ../../nbs/50i_infer.lips.ipynb #c14f36a8
+# %% ../../nbs/50i_infer.lips.ipynb #2b80d980
 @dataclass
 class Voice:
     "What a face is going to say"
@@ -91,10 +91,6 @@ class Voice:
     tokens:Spool            # (k,d): from `CTX` frames before the film's start to as many after its end
     gate:np.ndarray=None    # (m,) speech or not, 0 to 1, every 10 ms; `None` = do not ask
 
-    def speech(self, t): # At some times, 0 to 1
-        i = np.rint(np.asarray(t)*100).astype(int)
-        return np.where(i < len(self.gate), self.gate[np.minimum(i, len(self.gate)-1)], 0.).astype(np.float32)
-
 @patch
 def listen(self:Lips,
     audio, # A sound file, a video with sound, or (n,) float32 at 16 kHz
@@ -102,26 +98,12 @@ def listen(self:Lips,
     silence:bool=True, # Find out when nobody speaks, and close the mouth there?
 )->Voice:
     "Encode the sound of a whole film"
-    if isinstance(audio, np.ndarray): wav = lambda a,b: audio[a:b]; n = len(audio)
-    else: spool,_ = read_sound(audio, SR, mono=True); wav = lambda a,b: spool[a:b][:,0]; n = len(spool)
-    gate = speech_gate(_Slices(wav, n)) if silence else None
-    if silence: wav = _hushed(wav, n, gate)
-    tokens = Spool((self.engine.cfg.audio.d,)); frames = int(np.ceil((seconds or n/SR)*FPS)) + 1
-    for x in encode_long(self.engine, wav, frames, CTX): tokens.add(x.cpu().numpy())
-    return Voice(None if isinstance(audio, np.ndarray) else audio, n/SR, tokens, gate)
-
-class _Slices:
-    "A function of two places, as something to slice"
-    def __init__(self, f, n): self.f,self.n = f,n
-    def __len__(self): return self.n
-    def __getitem__(self, s): a,b,_ = s.indices(self.n); return self.f(a, b)
-
-def _hushed(wav, n, gate):
-    "The same sound, silent where nobody speaks"
-    def read(a, b):
-        lo,b = a-a%160,min(b, n)
-        return hush(wav(lo, b), gate[lo//160:])[a-lo:] if lo < b else np.zeros(0, np.float32)
-    return read
+    wav = audio if isinstance(audio, np.ndarray) else read_sound(audio, SR, mono=True)[0]
+    gate,heard = None,wav
+    if silence: gate = speech_gate(wav); heard = hush(wav, gate)
+    tokens = Spool((self.engine.cfg.audio.d,)); frames = int(np.ceil((seconds or len(wav)/SR)*FPS)) + 1
+    for x in encode_long(self.engine, heard, frames, CTX): tokens.add(x.cpu().numpy())
+    return Voice(None if isinstance(audio, np.ndarray) else audio, len(wav)/SR, tokens, gate)
 
 # %% ../../nbs/50i_infer.lips.ipynb #44191193
 def token_rows(
@@ -243,7 +225,7 @@ def part(self:Lips,
     fresh = np.r_[True, ok[1:] != ok[:-1]] | cut | np.r_[False, np.diff(face.person[at]) != 0]
     return Part(face, voice, ident, fade_weights(ok, fade), fresh, closed_shape(face.opening[np.isfinite(face.opening)])), refs
 
-# %% ../../nbs/50i_infer.lips.ipynb #739de631
+# %% ../../nbs/50i_infer.lips.ipynb #00587f4e
 @patch
 def frames(self:Lips,
     pics, # Iterator of `Picture`s: those that `at` names, in order
@@ -275,8 +257,8 @@ def _speak(self:Lips, batch, i, lo, hi, at, t, p, state, openness, watch, seen):
     if p.fresh[i+lo]: state[0] = None; state[1].reset()
     steered = None
     if p.voice.gate is not None or openness != 1:
-        gate = p.voice.speech(t[rows]) if p.voice.gate is not None else np.ones(hi-lo, np.float32)
-        steered = lambda shape: steer(shape.transpose(0, 1), torch.from_numpy(gate)[None].to(shape), p.closed, openness).transpose(0, 1)
+        when = t[rows][:,None]; gate = np.ones((hi-lo, 1), np.float32) if p.voice.gate is None else gate_at(p.voice.gate, when)
+        steered = lambda shape: steer(shape, gate, p.closed, openness, when)
     with watch('crop'): crops = [crop_of(f, M, self.size) for f,M in zip(batch[lo:hi], Ms)]
     with watch('paint'): done,state[0] = self.paint(crops, t[rows], p.voice.tokens, p.ident(n), state[0], steered)
     if seen: seen(range(i+lo, i+hi), done)
