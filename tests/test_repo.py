@@ -131,7 +131,7 @@ def test_pins_meet_the_settings(root, settings):
 
 def test_library_imports_are_declared(root, settings):
     "Whatever a module imports is a requirement by name, or in an extra, or comes with one on purpose"
-    package = {'PIL': 'pillow', 'skimage': 'scikit-image', 'cv2': 'mediapipe'}  # where import and package differ in name
+    package = {'PIL': 'pillow', 'skimage': 'scikit-image', 'cv2': 'mediapipe', 'c2pa': 'c2pa-python'}  # where import and package differ in name
     declared = {'lipsync-nb'} | {canonicalize_name(r.name) for r in requirements(settings, *(k for k in settings if k.endswith('requirements') and k != 'dev_requirements'))}
     wrong = set()
     for p in (root/'lipsync_nb').rglob('*.py'):
