@@ -31,6 +31,7 @@ from ..models.syncnet import SyncNet
 from .checkpoint import MANIFEST, CheckpointStore, cfg_diff, is_whole, rng_state, save_model, set_rng_state
 from .config import RUNS, TrainCfg, flat, scaled
 from .examine import Examine
+from .film import pick_passage
 from .guard import MonitorCallback
 from .log import RunLog, read_log, log_path
 from .monitor import Monitor
@@ -64,6 +65,7 @@ class Run:
         self.expert = freeze(expert).to(self.device) if expert is not None else None
         if train.size != self.gen.cfg.size: raise LipSyncError(f'preset {cfg.preset} paints crops of {self.gen.cfg.size} px, but the data holds {train.size} px; preprocess it with that preset')
         self.ckpt,self.monitor,self.turn,self.ema_steps = CheckpointStore(self.out/'checkpoints', cfg.keep),Monitor(cfg.monitor),0,0
+        self.passage = pick_passage(valid, cfg.film, cfg.ctx, cfg.refs) if cfg.film and rank() == 0 else None
 
 def make_critic(
     cfg:TrainCfg,
@@ -165,7 +167,7 @@ def _at(self:Run, state):
     return self.first(state['stage']+1) if state['done'] else self.first(state['stage'])+state['step']
 
 # %% ../../nbs/45_train.learner.ipynb #813ba442
-FREE = ('save', 'keep', 'best', 'log', 'workers', 'compile')
+FREE = ('save', 'keep', 'best', 'log', 'workers', 'compile', 'film')
 
 @patch
 def _load(self:Run, path=None):
@@ -213,7 +215,7 @@ def fit_stage(self:Run,
     s = self.cfg.stages[i]; n,per = self.epochs(s); first = self.first(i)
     self.monitor.cfg = replace(self.cfg.monitor, patience=s.plateau or self.cfg.monitor.patience)
     self.monitor.update(first, s.name, {})                              # a new stage has its own bests and bounds
-    learn = self.learner(i); learn.add_cbs([StepLog(log, s.name, first, self.cfg.log), Samples(log, s.name, first), Saver(self, i, bar)])
+    learn = self.learner(i); learn.add_cbs([StepLog(log, s.name, first, self.cfg.log), Samples(log, s.name, first, passage=self.passage), Saver(self, i, bar)])
     learn.create_opt()
     if state: self._take_up(learn, state)
     else: self._announce(log, i)

@@ -275,5 +275,5 @@ def sample(self:RunLog,
     path = self.folder/SAMPLES/f'step-{step:08d}.png'
     with written(path): save_image(path, sheet([o.detach().cpu().float() if hasattr(o, 'detach') else o for o in rows.values()]))
     self._write(dict(step=int(step), stage=str(stage), time=round(time.time(), 3), event=f'sample: {", ".join(rows)}'))
-    if self.wandb: self.wandb.sample(step, path, clip, f'{stage}, rows: {", ".join(rows)}')
+    if self.wandb: self.wandb.sample(step, path, clip, f'{stage}, rows: {", ".join(rows)}' + ('; clip: real, painted' if clip else ''))
     return path
