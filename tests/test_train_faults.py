@@ -1,5 +1,5 @@
 "A run that goes wrong notices within 20 steps, goes back to its last healthy checkpoint at a lower rate, and comes through"
-import os
+import os, shutil, subprocess, sys
 from dataclasses import replace
 import pytest, torch
 from fastai.callback.core import Callback
@@ -66,3 +66,39 @@ def test_a_fault_that_stays_ends_the_run(data, tmp_path):
     run.learner = lambda i, cbs=(): learner(i, [*cbs, Poison()])
     with pytest.raises(LipSyncError, match='did not help, so the run stops here'): run.fit()
     assert run.ckpt.latest()
+
+def limited(n):
+    "Files of this process may have `n` bytes: a disk that is full in the midst of a write, as root too"
+    import resource
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n, resource.RLIM_INFINITY))
+
+def test_full_disk_is_one_sentence_and_nothing_is_lost(root, tmp_path):
+    "The first checkpoint fits, a later one with its optimizer does not; with room again the same command goes on"
+    from lipsync_nb.sample import sample_data, sample_expert
+    from lipsync_nb.train.log import read_log
+    cmd = [sys.executable, '-m', 'lipsync_nb.train.launch', '--data_dir', str(sample_data()), '--checkpoint_dir', str(tmp_path/'run'), '--preset', 'demo', '--expert', str(sample_expert()), '--batch_size', '2', '--steps', '14', '--set', 'valid=1']
+    def train(**kw): return subprocess.run(cmd, cwd=root, capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1', 'LIPSYNC_QUIET': '1'}, **kw)
+    r = train(preexec_fn=limited(9_000_000))
+    assert r.returncode == 2, r.stderr
+    said = r.stderr.strip().splitlines()
+    assert len(said) == 1 and 'cannot write' in said[0] and said[0].endswith('what was there before is untouched'), r.stderr
+    assert 'Exception occured' not in r.stderr and 'Traceback' not in r.stderr
+    step = max(int(p.name.removeprefix('step-')) for p in (tmp_path/'run'/'checkpoints').glob('step-*'))
+    r = train()
+    assert r.returncode == 0 and (tmp_path/'run'/'final.safetensors').exists(), r.stderr
+    steps = [o['step'] for o in read_log(tmp_path/'run') if 'loss' in o]
+    assert len(steps) == len(set(steps)) and step in (0, *steps), (step, steps)
+
+@pytest.mark.parametrize('what', ['checkpoint', 'log'])
+def test_full_disk_ends_an_expert_in_one_sentence(data, tmp_path, monkeypatch, what):
+    from lipsync_nb.core import LipSyncError
+    from lipsync_nb.train import log as module
+    from lipsync_nb.train.syncnet import EXPERTS, fit_expert
+    class Full:
+        def write(self, b): return 0
+        def close(self): pass
+    if what == 'checkpoint': monkeypatch.setattr(shutil, 'disk_usage', lambda p, real=shutil.disk_usage: real(p)._replace(free=1000))
+    else: monkeypatch.setattr(module, 'open', lambda *_, **__: Full(), raising=False)
+    with pytest.raises(LipSyncError) as e: fit_expert(*data, tmp_path/'expert', replace(EXPERTS['demo'], steps=1, epoch=1, groups=2, per_clip=2, judged=8))
+    assert str(e.value).startswith('no room for a checkpoint in' if what == 'checkpoint' else 'cannot write '), e.value
+    assert '\n' not in str(e.value)

@@ -36,6 +36,7 @@ class TrainCfg:
     compile:bool  = False   # `torch.compile` the generator
     log:int       = 10      # Steps between lines of the log
     watch:int     = 4       # Steps between looks of the monitor
+    film:int      = 50      # Frames of the film that is painted after each validation; 0 = none
     monitor:MonitorCfg = MonitorCfg()
     workers:int   = 0       # Processes that gather batches; 0 = the training itself
     seed:int      = 0

@@ -14,9 +14,9 @@ from ..data.loaders import ClipStore
 from ..models.syncnet import SyncNet
 from .checkpoint import load_model, model_info
 from .config import RUNS, TrainCfg, changed, parse_set, read_settings, scaled
-from .learner import Run, told
+from .learner import Run
 from .plan import check_data, check_memory, measure, plan, room
-from .ranks import agree, connect, meet, rank
+from .ranks import agree, connect, meet, rank, told
 from .report import run_report
 from .syncnet import EXPERTS, check_expert, fit_expert, fitted, pick_device, preset_of, run_folder
 

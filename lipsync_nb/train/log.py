@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOG_NAME', 'CONFIG', 'WORDS', 'SAMPLES', 'to_line', 'from_line', 'log_path', 'read_log', 'short', 'in_notebook',
-           'Board', 'trim_log', 'RunLog', 'curve', 'figure_names', 'stage_spans', 'plot_log', 'sheet']
+           'Board', 'trim_log', 'written', 'RunLog', 'curve', 'figure_names', 'stage_spans', 'plot_log', 'sheet']
 
 # %% ../../nbs/40_train.log.ipynb #ab5745a8
-import json,math,sys,time
+import errno,json,math,os,sys,time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,15 @@ def trim_log(
     if text==path.read_bytes(): return
     with atomic_path(path) as tmp: tmp.write_bytes(text)
 
+# %% ../../nbs/40_train.log.ipynb #5cdae43f
+@contextmanager
+def written(
+    path, # What is being written
+):
+    "Tell in one sentence that something of a run could not be written"
+    try: yield
+    except OSError as e: raise LipSyncError(f'cannot write {path}: {e.strerror}; make room on the disk and give the same command again: the run goes on from its last checkpoint') from None
+
 # %% ../../nbs/40_train.log.ipynb #895df7a0
 class RunLog:
     "Writes the diary of a run to `folder/log.jsonl`"
@@ -131,7 +141,7 @@ class RunLog:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             trim_log(self.folder, resume)
-            self.file = open(log_path(self.folder), 'a', encoding='utf-8')
+            self.file = open(log_path(self.folder), 'ab', buffering=0)      # nothing is left over for `close` to stumble on
             if config: save_json(config, self.folder/CONFIG)
         except OSError as e: raise LipSyncError(f'cannot write the log in {self.folder}: {e.strerror}; choose a folder that can be written') from None
         if use_wandb: self.wandb = Mirror(self.folder, run_name, config)
@@ -144,7 +154,9 @@ class RunLog:
 @patch
 def _write(self:RunLog, row):
     if not self.active: return
-    self.file.write(to_line(row)+'\n'); self.file.flush()
+    line = (to_line(row)+'\n').encode()
+    with written(log_path(self.folder)):
+        if self.file.write(line)<len(line): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if self.wandb: self.wandb.log(row)
 
 @patch
@@ -260,7 +272,8 @@ def sample(self:RunLog,
     "Keep a contact sheet in the run's folder, and show it at W&B"
     if not self.active: return
     rows = dict(real=real, painted=painted) | ({} if swapped is None else dict(swapped=swapped))
-    path = save_image(self.folder/SAMPLES/f'step-{step:08d}.png', sheet([o.detach().cpu().float() if hasattr(o, 'detach') else o for o in rows.values()]))
+    path = self.folder/SAMPLES/f'step-{step:08d}.png'
+    with written(path): save_image(path, sheet([o.detach().cpu().float() if hasattr(o, 'detach') else o for o in rows.values()]))
     self._write(dict(step=int(step), stage=str(stage), time=round(time.time(), 3), event=f'sample: {", ".join(rows)}'))
-    if self.wandb: self.wandb.sample(step, path, clip, f'{stage}, rows: {", ".join(rows)}')
+    if self.wandb: self.wandb.sample(step, path, clip, f'{stage}, rows: {", ".join(rows)}' + ('; clip: real, painted' if clip else ''))
     return path

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAIT', 'LOST', 'world', 'rank', 'connect', 'in_ranks', 'gather', 'everyone', 'reduce_mean', 'mean_over', 'main_only',
-           'agree', 'meet', 'ranks_stay', 'AccelerateCallback']
+           'agree', 'meet', 'ranks_stay', 'bare', 'told', 'AccelerateCallback']
 
 # %% ../../nbs/42b_train.ranks.ipynb #9c320832
 import os, re, socket, tempfile, time
@@ -162,6 +162,20 @@ def ranks_stay():
         if world() == 1 or not LOST.search(str(e)): raise
         raise LipSyncError(f'rank {rank()} of {world()} has lost another rank, which died, stopped or hangs (its own output says why); training stops here, '
                            'and the same command goes on from the last checkpoint') from None
+
+# %% ../../nbs/42b_train.ranks.ipynb #50d1bd07
+def bare(
+    text:str, # An error's text
+)->str:
+    "Without what fastai puts before an error that a callback raises"
+    return re.sub(r'^(Exception occured in `\w+` when calling event `\w+`:\s*)+', '', text)
+
+@contextmanager
+def told():
+    "Errors in one bare sentence"
+    try:
+        with ranks_stay(): yield
+    except LipSyncError as e: raise LipSyncError(bare(str(e))) from None
 
 # %% ../../nbs/42b_train.ranks.ipynb #ffb217fc
 class AccelerateCallback(Callback):

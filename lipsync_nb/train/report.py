@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ORDER', 'events', 'last_mean', 'look_events', 'look_faults', 'look_progress', 'look_leaks', 'look_critic',
            'look_speed', 'look_first', 'flat', 'busy', 'stage_table', 'checkpoint_table', 'narrow', 'plot_bands',
-           'plot_critic', 'samples', 'evidence', 'run_report', 'lipsync_report']
+           'plot_critic', 'samples', 'films', 'evidence', 'run_report', 'lipsync_report']
 
 # %% ../../nbs/42d_train.report.ipynb #72ffc558
 import math
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core import LipSyncError,cli,load_json
 from ..media import read_image
-from ..report import fold,marked,page,picture,plot,table,text
+from ..report import clip,fold,marked,page,picture,plot,row,table,text
 from .disk import MANIFEST
 from .log import CONFIG,SAMPLES,curve,figure_names,plot_log,read_log,stage_spans
 from .monitor import MonitorCfg,bands,best_at,known,replay
@@ -183,6 +183,13 @@ def samples(
     some = [files[i] for i in sorted({round(i) for i in np.linspace(0, len(files)-1, min(most, len(files)))})] if files else []
     return [picture(read_image(p), f'step {int(p.stem.removeprefix("step-")):,}; rows: real, painted, painted to other words') for p in some]
 
+def films(
+    folder, # A run's folder
+)->str: # HTML; '' where there are none
+    "The first film of samples and the last, side by side"
+    files = sorted((Path(folder)/SAMPLES).glob('step-*.mp4'))
+    return row(*[clip(p, f'step {int(p.stem.removeprefix("step-")):,}; left: real, right: painted; the sound is made back from what the generator hears') for p in dict.fromkeys(files[:1]+files[-1:])]) if files else ''
+
 def evidence(
     rows:list[dict], # From `read_log`
 )->dict: # Number → step, stage, what, evidence
@@ -203,7 +210,7 @@ def run_report(
     cfg = load_json(folder/CONFIG) if (folder/CONFIG).exists() else {}
     parts = {'What to look at first':marked(look_first(folder, rows)), 'Stages':[table(stage_table(rows)), table(evidence(rows), '') if events(rows) else ''],
              'Curves':[text('Lines are means since the last entry, circles are validation, the grey band is what the monitor takes for noise, dotted lines are events, colours are stages.'), plot(plot_bands(rows, train))]}
-    if pics := samples(folder): parts['Samples'] = pics
+    if pics := samples(folder): parts['Samples'] = [*pics, films(folder)]
     if 'critic_norm' in names or 'critic_gap' in names: parts['The critic'] = [text('A gradient norm near 1 (green) means that the score is a distance; λ is what it takes to keep it there.'), plot(plot_critic(rows))]
     if speed := [k for k in ('rate','wait','lr') if k in names]: parts['Speed and rate'] = plot(plot_log(rows, speed))
     parts |= {'Checkpoints':table(checkpoint_table(folder), 'checkpoint') if checkpoint_table(folder) else text('There are none.'), 'Settings':fold('All settings', table({k:dict(value=v) for k,v in flat(cfg).items()}, 'setting')) if cfg else text('They were not kept.')}

@@ -11,7 +11,8 @@ from fastai.callback.core import Callback
 from torch import Tensor
 
 from .checkpoint import unwrap
-from .log import RunLog
+from .film import Passage, film, paint_passage
+from .log import SAMPLES, RunLog
 
 # %% ../../nbs/42e_train.samples.ipynb #5aece097
 def other_words(
@@ -22,14 +23,15 @@ def other_words(
 
 # %% ../../nbs/42e_train.samples.ipynb #9116907b
 class Samples(Callback):
-    "Keep a sheet of what is real, painted, and painted to other words, after each validation"
+    "Keep a sheet of what is real, painted, and painted to other words, and a film, after each validation"
     order = 59                                        # while the averaged weights are still in place
     def __init__(self,
         log:RunLog, # Where the sheets go; a rank that does not write does not paint either
         stage:str, # Name of the stage
         first:int=0, # Number of steps before this stage
         n:int=8, # Frames in a row
-    ): self.log,self.stage,self.first,self.n,self.batch = log,stage,first,n,None
+        passage:Passage=None, # What the film shows; none without it
+    ): self.log,self.stage,self.first,self.n,self.passage,self.batch = log,stage,first,n,passage,None
 
     def before_batch(self):
         if not self.training and self.iter==0: self.batch = self.xb if len(self.xb)==3 else None
@@ -37,6 +39,7 @@ class Samples(Callback):
     def after_validate(self):
         if self.batch is None or not self.log.active: return
         frames,refs,mel = self.batch; self.batch = None
-        gen,m = unwrap(self.learn.model).gen,-(-self.n//frames.shape[1])
+        gen,m,step = unwrap(self.learn.model).gen,-(-self.n//frames.shape[1]),self.first+self.loss_func.step
         with torch.no_grad(): rows = [frames[:m], *(gen(frames[:m], refs[:m], o[:m]) for o in (mel, other_words(mel)))]
-        self.log.sample(self.first+self.loss_func.step, self.stage, *[o.flatten(0,1)[:self.n] for o in rows])
+        clip = film(self.log.folder/SAMPLES/f'step-{step:08d}.mp4', self.passage, paint_passage(gen, self.passage)) if self.passage else None
+        self.log.sample(step, self.stage, *[o.flatten(0,1)[:self.n] for o in rows], clip=clip)

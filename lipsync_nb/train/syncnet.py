@@ -31,7 +31,7 @@ from ..models.syncnet import SyncNet
 from .checkpoint import CheckpointStore, cfg_diff, model_info, rng_state, save_model, set_rng_state
 from .contrast import NEAR, ContrastLoss, ExpertBatches, ExpertStep, embed_clip, expert_accuracy, held_out, judge_expert
 from .log import RunLog
-from .ranks import AccelerateCallback, agree, connect, rank, ranks_stay, world
+from .ranks import AccelerateCallback, agree, connect, rank, told, world
 
 # %% ../../nbs/43_train.syncnet.ipynb #db7d8546
 _all_ = ['embed_clip', 'expert_accuracy'] # of `train.contrast`, where they are used by those who have an expert
@@ -176,7 +176,7 @@ def fit_expert(
     if resume: run.load()
     learn = expert_learner(run, workers, [AccelerateCallback(acc)] if acc else []); learn.create_opt()
     if run.opt_state: learn.opt.load_state_dict(run.opt_state); set_rng_state(run.rng)
-    with RunLog(out, resume=run.step, active=not rank(), config=asdict(cfg), **log_kw) as log, track(desc='expert', total=run.epochs*len(learn.dls.train)) as bar, ranks_stay():
+    with RunLog(out, resume=run.step, active=not rank(), config=asdict(cfg), **log_kw) as log, track(desc='expert', total=run.epochs*len(learn.dls.train)) as bar, told():
         bar.update(run.step)
         cbs = [ExpertLog(run, log, bar), one_cycle(cfg.lr)]
         if run.epoch < run.epochs:
