@@ -6,8 +6,8 @@
 __all__ = ['PREROLL', 'Plan', 'mix_sounds', 'LipSync', 'segments', 'face_boxes', 'make_report', 'work_folder', 'spare_core',
            'lipsync_infer']
 
-# %% ../../nbs/51_infer.core.ipynb #950dc942
-import errno, hashlib, json, os, shutil, time
+# %% ../../nbs/51_infer.core.ipynb #bc5d62cf
+import errno, glob, hashlib, json, os, shutil, time
 from contextlib import ExitStack, contextmanager
 from collections import deque
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from .. import __version__
 from ..core import _HOST, FPS, SR, LipSyncError, atomic_path, cli, hash_file, is_leftover, load_json, save_json, track
 from ..data.face import apply_affine, need
+from .certificate import read_certificate
 from .faces import Scene, scout
 from .film import Behind, Film, Spool, ahead, read_sound, spans, to_and_fro
 from .lips import CTX, Lips, Stopwatch, batches
@@ -64,7 +65,7 @@ def mix_sounds(
         sound = out
     return sound, sr
 
-# %% ../../nbs/51_infer.core.ipynb #4233f5a6
+# %% ../../nbs/51_infer.core.ipynb #b2054eba
 class LipSync(Lips):
     "A generator, loaded once, that dubs films"
 
@@ -90,7 +91,7 @@ def plan(self:LipSync,
     seconds = float(t[-1]) + scene.gap
     if not free: sound.resize(max(1, round(seconds*sr)))
     with watch('listen'): voices = [self.listen(a, seconds, silence) for a in audio]
-    with watch('references'): parts,refs = zip(*(self.part(f, voices[k%len(voices)], at, scene.cuts, fade) for k,f in enumerate(faces)))
+    with watch('references'): parts,refs = zip(*(self.part(f, voices[k%len(voices)], at, fade) for k,f in enumerate(faces)))
     return Plan(scene, at, t, scene.film.look, faces, list(parts), list(refs), sound, sr, free)
 
 # %% ../../nbs/51_infer.core.ipynb #75743980
@@ -144,7 +145,7 @@ def _segment(self:LipSync, p, a, b, file, pics, expert, watch, coding, how, bar)
             starts,v = seen.result()
             with atomic_path(file.with_suffix('.npz')) as tmp: np.savez(tmp, starts=starts, v=v)
 
-# %% ../../nbs/51_infer.core.ipynb #1486893b
+# %% ../../nbs/51_infer.core.ipynb #44f030ea
 def _check_output(output, inputs):
     if output.suffix.lower() != '.mp4': raise LipSyncError(f'cannot write {output}: give a name that ends in .mp4')
     if output.is_dir(): raise LipSyncError(f'{output} is a folder; name a file to write, such as {output/"dubbed.mp4"}')
@@ -172,15 +173,15 @@ def make_report(
     "What was done, in plain values"
     scene,n = p.scene,len(p.at); painted = np.any([q.weight > 0 for q in p.parts], 0)
     why = ['' if ok else p.faces[0].why[i] or 'no face found' for ok,i in zip(painted, p.at)]
-    faces = [dict(persons=sorted(r), spans=spans([f.why[i] for i in p.at], p.t), audio=str(q.voice.path), speech=round(float(np.mean(q.voice.gate)), 3) if q.voice.gate is not None else None,
+    faces = [dict(persons=sorted(r), shots=[dict(first=a, person=q, by=by) for a,q,by in f.picks], spans=spans([f.why[i] for i in p.at], p.t), audio=str(q.voice.path), speech=round(float(np.mean(q.voice.gate)), 3) if q.voice.gate is not None else None,
         references={str(k): dict(frames=v.frames, least_distance=v.gap) for k,v in r.items()}, boxes=face_boxes(p, k)) for k,(f,q,r) in enumerate(zip(p.faces, p.parts, p.refs))]
     return dict(schema=2,
         video=dict(path=str(scene.film.path), still=scene.film.still, width=scene.shape[1], height=scene.shape[0],
-            fps=scene.film.fps, frames=len(scene.times), seconds=round(scene.seconds, 3), format=p.look.format, shots=len(scene.cuts)+1, persons=len(scene.persons or [1])),
+            fps=scene.film.fps, frames=len(scene.times), seconds=round(scene.seconds, 3), format=p.look.format, shots=len(scene.shots), persons=[dict(number=q['number'], frames=q['frames'], first=q['first'], last=q['last'], box=q['box']) for q in scene.persons]),
         frames=n, dubbed=int(painted.sum()), passed_through=int((~painted).sum()), spans=spans(why, p.t), faces=faces, follow='audio' if p.free else 'video',
         seconds={**{k:round(v, 3) for k,v in watch.items()}, 'total':round(wall, 3)}, fps=round(n/wall, 1))
 
-# %% ../../nbs/51_infer.core.ipynb #bce83e9b
+# %% ../../nbs/51_infer.core.ipynb #71ad6b40
 @contextmanager
 def work_folder(
     output, # What will be written
@@ -189,6 +190,8 @@ def work_folder(
 ): # The folder; it goes when the block has succeeded, and in any case unless `resume`
     "A folder for unfinished work beside its output"
     output = Path(output); folder = output.with_name(f'.{output.stem}.parts' + ('' if resume else f'.tmp{os.getpid()}-{_HOST}'))
+    for f in output.parent.glob(f'.{glob.escape(output.stem)}.parts.tmp*'):
+        if is_leftover(f): shutil.rmtree(f, ignore_errors=True)           # of a process that was killed
     folder.mkdir(parents=True, exist_ok=True); lock = FileLock(folder/'lock')
     try: lock.acquire(timeout=0)
     except Timeout: raise LipSyncError(f'{output} is being rendered by another process at this moment; wait for it, or choose another output') from None
@@ -258,7 +261,7 @@ def _scene(self:LipSync, video, folder, resume):
     if resume: scene.save(note)
     return scene
 
-# %% ../../nbs/51_infer.core.ipynb #5624a2bc
+# %% ../../nbs/51_infer.core.ipynb #e004908e
 @patch
 def dub(self:LipSync,
     video, # A video, a picture, or what `scout` found in one
@@ -289,6 +292,7 @@ def dub(self:LipSync,
     audio = list(audio) if isinstance(audio, (list,tuple)) else [audio]; source = video.film.path if isinstance(video, Scene) else Path(video)
     _check_output(output, [*audio, source])
     expert = load_judge(scorer, self.device) if scorer else None
+    if mark and cert: read_certificate(cert, key)                       # before any work
     with ExitStack() as stack:
         for c in (spare_core(), _told(output)): stack.enter_context(c)
         tmp = stack.enter_context(atomic_path(output)); note = stack.enter_context(atomic_path(report)) if report else None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GAP', 'CTX', 'Refs', 'pick_refs', 'Lips', 'Voice', 'token_rows', 'crop_of', 'batches', 'Stopwatch', 'Part']
 
-# %% ../../nbs/50i_infer.lips.ipynb #9ab0cc8b
+# %% ../../nbs/50i_infer.lips.ipynb #894050b3
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ from fastcore.basics import patch
 
 from ..core import FPS, SR, LipSyncError
 from ..data.face import apply_affine, need, patch_crop, warp_crop
-from .engine import TorchEngine, encode_long, fit_batch, load_engine
-from .faces import Face, Scene
+from .engine import TorchEngine, encode_long, fit_batch
+from .faces import Face
 from .film import Spool, fade_weights, read_sound
+from .onnx import load_engine
 from .paste import Paster
 from .picture import Picture
 from .voice import closed_shape, gate_at, hush, speech_gate, steer
@@ -59,14 +60,14 @@ def pick_refs(
     refs.gap = int(min(far))
     return refs
 
-# %% ../../nbs/50i_infer.lips.ipynb #a0e9a32d
+# %% ../../nbs/50i_infer.lips.ipynb #a7fae4dc
 CTX = 8 # Training frames of sound on each side that a painted frame may look at
 
 class Lips:
     "A generator, loaded once, that speaks in films"
     def __init__(self,
         checkpoint=None, # File of a trained generator (`.safetensors`)
-        gen:Generator=None, # …or the generator itself
+        gen:Generator=None, # …or the generator itself, for PyTorch
         device=None, # Where to run; `None` = the GPU if there is one
         batch:int=None, # Frames to paint at a time; `None` = as many as fit
         refs:int=1, # References in a set; as many as in training is best
@@ -74,8 +75,8 @@ class Lips:
         compile:bool=False, # Compile the painting part? Pays on a GPU, for long films
     ):
         if checkpoint is None and gen is None: raise ValueError('expected a checkpoint or a generator, got neither')
-        if gen is not None and engine == 'torch': self.engine = TorchEngine(gen, device, compile=compile)
-        else: self.engine = load_engine(gen if checkpoint is None else checkpoint, engine, device, compile=compile)
+        if gen is not None: self.engine = TorchEngine(gen, device, compile=compile)
+        else: self.engine = load_engine(checkpoint, engine, device, **dict(compile=True) if compile else {})
         self.source,self.gen,self.device,self.refs,self.size = checkpoint,gen or getattr(self.engine, 'gen', None),self.engine.device,refs,self.engine.cfg.size
         self.batch = batch or fit_batch(self.engine)
 
@@ -199,7 +200,7 @@ class Stopwatch(dict):
         "The next `n` items, on this stage's time"
         with self(stage): return [next(it) for _ in range(n)]
 
-# %% ../../nbs/50i_infer.lips.ipynb #b99a4824
+# %% ../../nbs/50i_infer.lips.ipynb #17181ff6
 @dataclass
 class Part:
     "One face of a film, and what it is to say"
@@ -215,17 +216,16 @@ def part(self:Lips,
     face:Face, # Which face
     voice:Voice, # What it says
     at:np.ndarray, # (m,) frames shown
-    cuts:set=(), # Frames at which a new shot begins
     fade:int=4, # Frames over which the painted mouth comes and goes beside frames that cannot be dubbed
 )->tuple: # The `Part`, and the references `{person: Refs}`
     "Make one face ready to speak"
     refs,ident = self.know(face)
     ok = np.array([not face.why[i] and int(face.person[i]) in refs for i in at])
-    cut = np.array([False] + [i != j and any(k in cuts for k in range(min(i, j)+1, max(i, j)+1)) for i,j in zip(at[:-1], at[1:])])
-    fresh = np.r_[True, ok[1:] != ok[:-1]] | cut | np.r_[False, np.diff(face.person[at]) != 0]
+    cut = np.array([False] + [i != j and max(i, j) in face.cuts for i,j in zip(at[:-1], at[1:])])
+    fresh = np.r_[True, ok[1:] != ok[:-1]] | cut
     return Part(face, voice, ident, fade_weights(ok, fade), fresh, closed_shape(face.opening[np.isfinite(face.opening)])), refs
 
-# %% ../../nbs/50i_infer.lips.ipynb #00587f4e
+# %% ../../nbs/50i_infer.lips.ipynb #01ffaa0b
 @patch
 def frames(self:Lips,
     pics, # Iterator of `Picture`s: those that `at` names, in order
@@ -263,4 +263,4 @@ def _speak(self:Lips, batch, i, lo, hi, at, t, p, state, openness, watch, seen):
     with watch('paint'): done,state[0] = self.paint(crops, t[rows], p.voice.tokens, p.ident(n), state[0], steered)
     if seen: seen(range(i+lo, i+hi), done)
     with watch('paste'):
-        for k,(x,c,M) in enumerate(zip(done, crops, Ms)): batch[lo+k] = state[1](batch[lo+k], x, c, M, p.weight[i+lo+k], p.face.outline[n[k]])
+        for k,(x,c,M) in enumerate(zip(done, crops, Ms)): batch[lo+k] = state[1](batch[lo+k], x, c, M, p.weight[i+lo+k], p.face.outline[n[k]] if np.isfinite(p.face.outline[n[k]]).all() else None)

@@ -23,8 +23,10 @@ def views(
     item, # What iterating over a `Film` gives
 )->tuple: # seconds; `full()` → (h,w,3) uint8; `small(k)` → the same reduced `k` times
     "A frame, whole and reduced"
-    t,f = item; h,w = f.shape[:2]
-    return t, lambda: f, cache(lambda k: f if k == 1 else need('cv2').resize(f, (w//k,h//k), interpolation=need('cv2').INTER_AREA))
+    t,pic = item; full = cache(pic.rgb)
+    return t, full, cache(lambda k: full() if k == 1 else _reduced(full(), k))
+
+def _reduced(f, k): return need('cv2').resize(f, (f.shape[1]//k,f.shape[0]//k), interpolation=need('cv2').INTER_AREA)
 
 class Finder:
     "Finds faces in pictures that are just large enough; use it as a context manager"
@@ -78,7 +80,7 @@ class Lookout:
         thumbs,known = deque(maxlen=5),False                          # known: this shot will be read again
         with Finder(not self.film.still, self.most if self.film.still else 1) as find, FaceCounter(1, .4) as count:
             for i,item in enumerate(track(self.film, 'finding faces', self.film.n_frames)):
-                t,full,small = views(item); self.shape = full().shape if self.shape is None else self.shape
+                t,full,small = views(item); self.shape = item[1].shape if self.shape is None else self.shape
                 self.times.append(t); thumbs.append(thumbnail(small(max(min(self.shape[:2])//320, 1))))
                 self.change.append(picture_change(thumbs)[-1].astype(np.float32))
                 leap = i > 0 and self.change[-1][0] >= _LEAP; known &= not leap
