@@ -43,10 +43,10 @@ def against_truth(
 # %% ../../nbs/59b_eval.films.ipynb #9bdac202
 class StillLips(LipSync):
     "Dubs a whole film with one and the same mouth"
-    def know(self, scene):
-        refs,_ = LipSync.know(self, scene); i,_,patch = scene.seen[refs.late[0]]
-        return refs, lambda at: patch_crop(patch, scene.Ms[i], self.size)
-    def paint(self, crops, t, tokens, ident, prev=None): return list(lay(ident, np.stack(crops))), None
+    def know(self, face):
+        refs,_ = LipSync.know(self, face); i,_,patch = face.seen[next(iter(refs.values())).late[0]]
+        return refs, lambda at: patch_crop(patch, face.Ms[i], self.size)
+    def paint(self, crops, t, tokens, ident, prev=None, mouth=None): return list(lay(ident, np.stack(crops))), None
 
 # %% ../../nbs/59b_eval.films.ipynb #3477d8fe
 def _dubs(lip, static, clips, i, work):

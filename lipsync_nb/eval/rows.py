@@ -66,7 +66,7 @@ def as_scene(
     crops:np.ndarray, # (n,size,size,3) uint8
     opening:np.ndarray, # (n,) of the mouth, NaN where there is no face: references are chosen among the less open ones
 ):
-    "Crops as `LipSync.know` wants to see a film"
+    "Crops as `LipSync.know` wants to see a face"
     s = crops.shape[1]
     return SimpleNamespace(seen=[(i, float(opening[i]), (crops[i], _SAME)) for i in np.isfinite(opening).nonzero()[0].tolist()], Ms=[np.float64([[1,0,.5],[0,1,.5]])/s]*len(crops))
 
@@ -76,7 +76,7 @@ class CropLipSync(LipSync):
     def __init__(self,
         gen:Generator,
         **kw # Passed to `LipSync`
-    ): super().__init__(gen=gen.for_inference(), **kw)
+    ): super().__init__(gen=gen, **kw)
 
 # %% ../../nbs/57_eval.rows.ipynb #995fcc95
 @patch
@@ -88,7 +88,7 @@ def hear(self:CropLipSync,
 )->torch.Tensor: # (2(n+2·CTX),d)
     "Encode the sound of some frames and of `CTX` frames around them"
     x = mel_window(np.asarray(mel, np.float32), lo, n, CTX)
-    return self.gen.encode_audio(torch.from_numpy(x)[None].to(self.device))[0]
+    return self.engine.encode_audio(torch.from_numpy(x)[None])[0]
 
 # %% ../../nbs/57_eval.rows.ipynb #03870933
 @patch
@@ -230,7 +230,7 @@ def __call__(self:Rows,
 ): # Yields row, crops (n,size,size,3) uint8, mel (4n,80)
     "The versions of a take, one after the other; those that cannot be made are missing"
     t,lip = self.takes[k],self.lip; c,n,r,d = self.store[t.clip],len(t),self.real(t),self.donor(k)
-    self.refs,ident = lip.know(as_scene(r.crops, r.opening))
+    refs,ident = lip.know(as_scene(r.crops, r.opening)); self.refs = refs[0]
     speak = lambda mel, lo, ident=ident: lip.speak(r.crops, lip.hear(mel, lo, n), ident, r.valid, r.shot)
     want = lambda row: row in self.rows
     if want('real'): yield 'real',r.crops,r.mel
