@@ -41,8 +41,8 @@ def face_mask(
     cv2.fillPoly(m, [np.rint((p*size-.5)*16).astype(np.int32)], 1, shift=4)
     return base*_soft(cv2.distanceTransform(np.pad(m, 1, mode='edge'), cv2.DIST_L2, 3)[1:-1,1:-1]/(FEATHER*size))
 
-# %% ../../nbs/50g_infer.paste.ipynb #3e3cf4f2
-LIMIT = 16. # Grey levels by which the colour may be wrong; more is another shape
+# %% ../../nbs/50g_infer.paste.ipynb #02ba89ea
+LIMIT = 16. # Grey levels by which the colour may differ from place to place; more is another shape
 
 def match_colour(
     painted:np.ndarray, # (size,size,3) uint8 or float32
@@ -53,7 +53,8 @@ def match_colour(
     cv2,size = need('cv2'),len(painted); k = size//4
     small = lambda x: cv2.resize(x, (k,k), interpolation=cv2.INTER_AREA)
     w = 4*alpha*(1-alpha)                                             # the edge
-    d = (source.astype(np.float32)-painted).clip(-LIMIT, LIMIT)
+    d = source.astype(np.float32)-painted; cast = (d*w[...,None]).sum((0,1))/(w.sum()+1e-4)  # that of the edge as a whole,
+    d = cast + (d-cast).clip(-LIMIT, LIMIT)                                                  # and what differs from place to place
     dw = cv2.GaussianBlur(small(np.dstack([d*w[...,None], w])), (0,0), k/6, borderType=cv2.BORDER_CONSTANT)
     field = dw[...,:3]/(dw[...,3:]+1e-4)
     return (painted + cv2.resize(field, (size,size), interpolation=cv2.INTER_LINEAR)).clip(0, 255)

@@ -219,7 +219,7 @@ def find_turned(
     return hysteresis(np.abs(yaw), *TURNED)
 
 # %% ../../nbs/50a_infer.persons.ipynb #708f5f79
-COVERED = .19,.13 # of the measure: from here on a mouth counts as covered, until it is back here
+COVERED = .24,.16 # of the measure: from here on a mouth counts as covered, until it is back here
 _y,_x = (np.mgrid[:LOOK,:LOOK]+.5)/LOOK
 _MOUTH,_ABOVE = (_y > .52) & (_y < .85) & (abs(_x-.5) < .22), (_y > .1) & (_y < .46) & (abs(_x-.5) < .27)
 
