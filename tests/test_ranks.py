@@ -38,10 +38,10 @@ def go(name, lr, **opts):
     learner,start = run.learner,flat(run.gen)
     run.learner = lambda i, cbs=(): learner(i, [*cbs, Tick()])
     run.fit()
-    torch.save(dict(gen=flat(run.gen), critic=flat(run.critic), moved=(flat(run.gen)-start).abs().max()), out/f'{name}-{rank()}.pt')
+    torch.save(dict(gen=flat(run.gen), critic=flat(run.critic), start=start), out/f'{name}-{rank()}.pt')
 
 try:
-    go('plain', .3, gen_opt=torch.optim.SGD, critic_opt=lambda ps, lr: torch.optim.SGD(ps, .1))
+    go('plain', .03, gen_opt=torch.optim.SGD, critic_opt=lambda ps, lr: torch.optim.SGD(ps, .1))
     go('adam', 3e-4)
 except LipSyncError as e: print(e, file=sys.stderr); sys.stderr.flush(); os._exit(2)
 '''
@@ -69,16 +69,18 @@ def weights(d, name): return [torch.load(d/o, weights_only=True) for o in (f'one
 def gap(a, b): return torch.cat([(a[k]-b[k]).abs() for k in ('gen', 'critic')])
 
 def test_two_ranks_equal_one_with_twice_the_batch(ended):
-    "By plain gradient descent, whose steps are the gradients: full stage with its penalty, five steps"
+    """By plain gradient descent, whose steps are the gradients: full stage with its penalty, five steps. They are small ones, since L1 has a
+    kink: a pixel that is painted right to within rounding pulls this way in one run and that way in the other, which alone moves a weight by rate·10⁻⁵"""
     one,a,b = weights(ended, 'plain')
     assert gap(a, b).max() == 0                                 # ranks are the same to the last bit
-    assert one['moved'] > 1e-2                                  # there is something to compare
+    moved = one['gen']-one['start']; assert moved.abs().max() > 1e-3 # there is something to compare
     assert gap(one, a).max() < 1e-6, gap(one, a).max()
+    assert (one['gen']-a['gen']).norm() < 1e-3*moved.norm(), ((one['gen']-a['gen']).norm(), moved.norm())
 
 def test_with_adam_only_rounding_differs(ended):
     "Adam divides a gradient by its size, so where one is nothing but rounding (the last bias of a Wasserstein critic cancels), its steps are rounding, too"
     one,a,b = weights(ended, 'adam')
-    assert gap(a, b).max() == 0 and one['moved'] > 1e-4
+    assert gap(a, b).max() == 0 and (one['gen']-one['start']).abs().max() > 1e-4
     δ = gap(one, a); assert (δ < 1e-6).float().mean() > .99 and δ.max() < 1e-3, ((δ < 1e-6).float().mean(), δ.max())
 
 def test_figures_are_of_the_whole_batch_and_written_once(ended):

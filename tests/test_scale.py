@@ -177,7 +177,7 @@ def test_a_worker_without_the_package_and_a_scheduler_that_goes(tmp_path, capsys
     worker = start_worker(tmp_path, address, PYTHONPATH=str(other.parent))
     try:
         with pytest.raises(LipSyncError, match='cannot do the work .*not on this machine'): run(address, [(0, '', str(tmp_path))])
-        stop(worker)
+        stop(worker); capsys.readouterr()                                   # a worker that takes long to come is waited for in words, too
         Timer(5, scheduler.kill).start()
         with pytest.raises(LipSyncError, match='lost the dask scheduler'): run(address, [(0, '', str(tmp_path))])
         assert capsys.readouterr().err.count('waiting for a dask worker') == 1
