@@ -33,12 +33,12 @@ from .score import Watcher, judge_lips, load_judge
 from .voice import voice_detector
 from .writer import PartWriter, join, told
 
-# %% ../../nbs/51_infer.core.ipynb #85c55491
+# %% ../../nbs/51_infer.core.ipynb #b9ceb9ef
 @dataclass
 class Plan:
     "What a dub will consist of"
     scene:Scene
-    at:np.ndarray       # (m,) frames of the film that are shown
+    at:np.ndarray       # (m,) places in the film that are shown; 3.25 is frame 3 on its way into frame 4
     t:np.ndarray        # (m,) when, in seconds
     look:object         # Of the film
     faces:list
@@ -48,6 +48,8 @@ class Plan:
     sr:int
     free:bool           # Does the film follow the sound?
 
+    @property
+    def near(self): return np.rint(self.at).astype(int) # The nearest frames
     @property
     def ticks(self): return np.rint(self.t*self.look.tick).astype(np.int64)
 
@@ -65,7 +67,7 @@ def mix_sounds(
         sound = out
     return sound, sr
 
-# %% ../../nbs/51_infer.core.ipynb #b2054eba
+# %% ../../nbs/51_infer.core.ipynb #88ec00a7
 class LipSync(Lips):
     "A generator, loaded once, that dubs films"
 
@@ -87,7 +89,8 @@ def plan(self:LipSync,
     faces = scene.choose(face)
     if len(audio) not in (1, len(faces)): raise LipSyncError(f'{len(audio)} sound files for {len(faces)} face{"s"*(len(faces) > 1)} of {scene.film.path.name}; give one for all, or one for each from left to right')
     free = follow == 'audio' or scene.film.still
-    at,t = to_and_fro(scene.times, len(sound)/sr, scene.gap) if free else (np.arange(len(scene.times)),scene.times)
+    at,t = to_and_fro(scene.times, len(sound)/sr, scene.gap) if free else (np.arange(len(scene.times), dtype=float),scene.times)
+    at = np.where(np.isin(np.ceil(at), list(scene.cuts)), np.rint(at), at)    # nothing fades across a cut
     seconds = float(t[-1]) + scene.gap
     if not free: sound.resize(max(1, round(seconds*sr)))
     with watch('listen'): voices = [self.listen(a, seconds, silence) for a in audio]
@@ -145,7 +148,7 @@ def _segment(self:LipSync, p, a, b, file, pics, expert, watch, coding, how, bar)
             starts,v = seen.result()
             with atomic_path(file.with_suffix('.npz')) as tmp: np.savez(tmp, starts=starts, v=v)
 
-# %% ../../nbs/51_infer.core.ipynb #44f030ea
+# %% ../../nbs/51_infer.core.ipynb #b2d9a780
 def _check_output(output, inputs):
     if output.suffix.lower() != '.mp4': raise LipSyncError(f'cannot write {output}: give a name that ends in .mp4')
     if output.is_dir(): raise LipSyncError(f'{output} is a folder; name a file to write, such as {output/"dubbed.mp4"}')
@@ -159,7 +162,7 @@ def face_boxes(
     "Where a face was"
     out = []
     for s in range(int(p.t[-1])+1):
-        i = int(np.searchsorted(p.t, s)); M = p.faces[k].Ms[p.at[min(i, len(p.t)-1)]]
+        i = int(np.searchsorted(p.t, s)); M = p.faces[k].Ms[p.near[min(i, len(p.t)-1)]]
         if np.isnan(M[0,0]): continue
         c = apply_affine(need('cv2').invertAffineTransform(np.asarray(M, np.float64)), np.array([[0,0],[1,0],[0,1],[1,1.]]))
         out.append([s, *np.rint(c.min(0)).astype(int).tolist(), *np.rint(c.max(0)).astype(int).tolist()])
@@ -172,8 +175,8 @@ def make_report(
 )->dict:
     "What was done, in plain values"
     scene,n = p.scene,len(p.at); painted = np.any([q.weight > 0 for q in p.parts], 0)
-    why = ['' if ok else p.faces[0].why[i] or 'no face found' for ok,i in zip(painted, p.at)]
-    faces = [dict(persons=sorted(r), shots=[dict(first=a, person=q, by=by) for a,q,by in f.picks], spans=spans([f.why[i] for i in p.at], p.t), audio=str(q.voice.path), speech=round(float(np.mean(q.voice.gate)), 3) if q.voice.gate is not None else None,
+    why = ['' if ok else p.faces[0].why[i] or 'no face found' for ok,i in zip(painted, p.near)]
+    faces = [dict(persons=sorted(r), shots=[dict(first=a, person=q, by=by) for a,q,by in f.picks], spans=spans([f.why[i] for i in p.near], p.t), audio=str(q.voice.path), speech=round(float(np.mean(q.voice.gate)), 3) if q.voice.gate is not None else None,
         references={str(k): dict(frames=v.frames, least_distance=v.gap) for k,v in r.items()}, boxes=face_boxes(p, k)) for k,(f,q,r) in enumerate(zip(p.faces, p.parts, p.refs))]
     return dict(schema=2,
         video=dict(path=str(scene.film.path), still=scene.film.still, width=scene.shape[1], height=scene.shape[0],

@@ -152,7 +152,7 @@ def untone(
     light,e = _signal(kind)
     return np.interp(np.maximum(x @ _TO_2020.T, 0), light, e).astype(np.float32)
 
-# %% ../../nbs/49_infer.picture.ipynb #5b9311dd
+# %% ../../nbs/49_infer.picture.ipynb #3ec42451
 def _to_planes(rgb, like, hdr, before):
     "RGB (h,w,3) in the format and colours of the frame `like`"
     if not hdr: f = av.VideoFrame.from_ndarray(rgb, format='rgb24')
@@ -187,7 +187,7 @@ def lay(self:Picture,
     lie = lambda a: np.ascontiguousarray(np.rot90(a, -self.turn))
     α = lie(np.pad(alpha, pad).astype(np.float32))
     new,keep = _to_planes(lie(rgb), part, self.hdr, lie(before) if self.hdr else None) # `keep`: the planes are views into it
-    out = Picture.__new__(Picture); out.turn,out.frame = self.turn,self._copy()
+    out = self._copy()
     t,b,l,r = self._lying(big)
     for n,p in zip(new, _planes(out.frame)):
         y,x = -(-self.frame.height//p.shape[0]),-(-self.frame.width//p.shape[1])
@@ -198,11 +198,23 @@ def lay(self:Picture,
 
 @patch
 def _copy(self:Picture):
-    out = _like(self.frame, self.frame.width, self.frame.height)
-    for a,b in zip(_planes(out), _planes(self.frame)): a[:] = b
+    out = Picture.__new__(Picture); out.turn,out.frame = self.turn,_like(self.frame, self.frame.width, self.frame.height)
+    for a,b in zip(_planes(out.frame), _planes(self.frame)): a[:] = b
     return out
 
-# %% ../../nbs/49_infer.picture.ipynb #37c804cb
+# %% ../../nbs/49_infer.picture.ipynb #9195a4c4
+@patch
+def mix(self:Picture,
+    other:'Picture', # Of the same kind
+    w:float, # Its share, 0 to 1
+)->'Picture': # A new one
+    "Fade from one picture to another"
+    import cv2
+    out = self._copy()
+    for o,a,b in zip(_planes(out.frame), _planes(self.frame), _planes(other.frame)): o[:] = cv2.addWeighted(np.ascontiguousarray(a), 1-w, np.ascontiguousarray(b), w, 0)
+    return out
+
+# %% ../../nbs/49_infer.picture.ipynb #32a91683
 @dataclass(frozen=True)
 class Look:
     "What a film looks like beside its samples"
