@@ -83,7 +83,7 @@ def _eased(times, seconds, ease):
     at = np.where(x < T/2, soft, T-soft)/gap
     return np.where(np.abs(at-np.rint(at)) < .03, np.rint(at), at), t
 
-# %% ../../nbs/50_infer.film.ipynb #e5c7b19b
+# %% ../../nbs/50_infer.film.ipynb #a0b9cfa1
 def _read_block(path, times, i, j):
     "Frames `i` to `j-1` in a dict by number, found by seeking"
     with _open(path) as c:
@@ -102,17 +102,21 @@ def walk(self:Film,
 ): # Yields a `Picture` for each
     "The frames in the wanted order, decoded in legs that run one way"
     at = np.asarray(at, float); lo,hi = np.floor(at).astype(int),np.ceil(at).astype(int)
-    ahead = np.r_[np.diff(at) >= 0, True]; want,have = [],[]                 # frames to decode; the last three at hand
-    for k in range(len(at)):
-        new = [i for i in ((lo[k],hi[k]) if ahead[k] else (hi[k],lo[k])) if i not in have[-3:] and not (want and i == want[-1][1])]
-        for i in dict.fromkeys(new): want.append((k,int(i))); have.append(i)
-        have = have[-3:]
-    pics,j,hand = self._legs(times, np.array([i for _,i in want])),0,{}
-    for k in range(len(at)):
-        while j < len(want) and want[j][0] <= k:
-            hand[want[j][1]] = next(pics); j += 1
+    on = np.r_[np.diff(at) >= 0, True]; pairs = [dict.fromkeys((int(i),int(j)) if o else (int(j),int(i))) for i,j,o in zip(lo, hi, on)]
+    pics,hand = self._legs(times, np.array([i for _,i,new in _needs(pairs) if new])),{}
+    for k,i,new in _needs(pairs):
+        hand[i] = next(pics) if new else hand.pop(i)                         # the last three that were shown are at hand
+        if len(hand) > 3: del hand[next(iter(hand))]
+        if i == list(pairs[k])[-1]: yield hand[i] if len(pairs[k]) == 1 else hand[lo[k]].mix(hand[hi[k]], at[k]-lo[k])
+
+def _needs(pairs):
+    "Number of the picture, frame that it needs, and whether that must be decoded"
+    hand = {}
+    for k,p in enumerate(pairs):
+        for i in p:
+            yield k,i,hand.pop(i, None) is None
+            hand[i] = True
             if len(hand) > 3: del hand[next(iter(hand))]
-        yield hand[lo[k]] if lo[k] == hi[k] else hand[lo[k]].mix(hand[hi[k]], at[k]-lo[k])
 
 @patch
 def _legs(self:Film, times, at):
