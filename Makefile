@@ -28,11 +28,11 @@ $(STAMP): constraints.txt settings.ini setup.py
 demo: $(STAMP)
 	$(BIN)/lipsync_demo --out $(OUT)
 
-# The sample that many chapters use; then one thread for each notebook, as many notebooks at a time as there are cores; then what a notebook cannot hold.
+# The sample that many chapters use; then one thread for each notebook, as many notebooks at a time as there are cores; then, in the same way, the files of tests/.
 test: $(STAMP)
 	$(ACTIVE) LIPSYNC_QUIET=1 python -m lipsync_nb.sample
 	$(ACTIVE) OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS) --timing
-	$(ACTIVE) python -m pytest -q tests
+	$(ACTIVE) OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
 
 readme: $(STAMP)
 	$(BIN)/python tools/readme.py

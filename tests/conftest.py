@@ -41,3 +41,10 @@ def tool():
         mod = importlib.util.module_from_spec(spec); spec.loader.exec_module(mod)
         return mod
     return load
+
+# Files that take longest: begun first, so that in the end no core waits for one of them. Each file stays with one process
+LONG = ['expert', 'preprocess', 'ranks', 'repo', 'eval_cli', 'sparse', 'scale', 'train_faults', 'train_kill', 'eval', 'infer']
+
+def pytest_collection_modifyitems(items):
+    place = {f'test_{o}.py': i for i,o in enumerate(LONG)}
+    items.sort(key=lambda o: place.get(o.path.name, len(LONG)))

@@ -1,5 +1,5 @@
 "Two ranks train as one: the same weights as one process with twice the batch, the same bits on both, and no waiting for the dead"
-import os, signal, subprocess, sys, time
+import os, signal, socket, subprocess, sys, time
 import pytest, torch
 
 # A run's stage on the sample's clips, on as many ranks as the environment says; what it ends with goes to a file
@@ -46,9 +46,10 @@ try:
 except LipSyncError as e: print(e, file=sys.stderr); sys.stderr.flush(); os._exit(2)
 '''
 
-def spawn(root, out, n, bs, steps=5, wait=120, port=29531):
-    "As many processes as ranks, as `torchrun` would start them"
+def spawn(root, out, n, bs, steps=5, wait=120):
+    "As many processes as ranks, as `torchrun` would start them, on a port that is free"
     out.mkdir(exist_ok=True)
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     base = {**os.environ, 'OMP_NUM_THREADS': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'ACCELERATE_USE_CPU': 'true', 'GLOO_SOCKET_IFNAME': 'lo'}
     def env(r): return {**base, 'WORLD_SIZE': str(n), 'LOCAL_WORLD_SIZE': str(n), 'RANK': str(r), 'LOCAL_RANK': str(r)} if n > 1 else base
     return [subprocess.Popen([sys.executable, '-c', RUN, str(out), str(bs), str(steps), str(wait)], cwd=root, env=env(r), stderr=subprocess.PIPE, text=True) for r in range(n)]
