@@ -52,7 +52,8 @@ def test_a_folded_generator_is_not_mistaken_for_one_that_can_learn(tmp_path):
     with pytest.raises(LipSyncError, match='does not fit'): load_model(path)
 
 def test_dubbing_with_a_folded_generator():
-    from lipsync_nb.infer.core import CTX, LipSync
+    from lipsync_nb.infer.core import LipSync
+    from lipsync_nb.infer.lips import CTX
     gen = Generator.from_preset('demo').eval()
     for p in gen.parameters(): p.data += .05*torch.randn(p.shape)        # as if trained
     x,refs,mel = torch.rand(1,4,3,96,96),torch.rand(1,1,3,96,96),torch.randn(1,4*(4+2*CTX),80)

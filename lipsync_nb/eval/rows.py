@@ -33,7 +33,8 @@ from ..data.audio import SILENCE, mel_window
 from ..data.folder import CropReader, load_arrays
 from ..data.index import load_index
 from ..data.loaders import ClipStore
-from ..infer.core import CTX, LipSync, batches
+from ..infer.core import LipSync
+from ..infer.lips import CTX, batches
 from ..models.generator import Generator
 from ..mouth import opening_corr, silence_motion, source_share, swapped_corr
 
