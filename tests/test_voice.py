@@ -10,8 +10,12 @@ from lipsync_nb.core import FPS, HOP, SR, mute_stderr
 from lipsync_nb.data.face import mouth_shape, track_faces, warp_crop
 from lipsync_nb.data.structure import find_clips
 from lipsync_nb.demo import load_truth
-from lipsync_nb.infer.core import CTX, LipSync, token_rows
-from lipsync_nb.infer.film import paste, scout, to_and_fro
+from lipsync_nb.infer.core import LipSync
+from lipsync_nb.infer.faces import scout
+from lipsync_nb.infer.film import to_and_fro
+from lipsync_nb.infer.lips import CTX, _take, token_rows
+from lipsync_nb.infer.paste import Paster
+from lipsync_nb.infer.picture import Picture
 from lipsync_nb.infer.voice import breath, closed_shape, gate_at, heard_shape, hush, pieces, speech_gate, steer, tighten
 from lipsync_nb.media import probe, read_audio, read_frames
 from lipsync_nb.mouth import bilabial_ratio
@@ -121,11 +125,12 @@ def test_real_voices():
 class Dub:
     "A clip of the corpus, to be dubbed in parts as `LipSync` does it"
     def __init__(self, clip):
-        self.lip = LipSync(sample_generator())
+        self.lip = LipSync(sample_generator(), batch=16)
         with mute_stderr(): self.scene = scout(clip, self.lip.size)
+        self.face, = self.scene.choose(); self.paste = Paster(self.lip.size, colour=False, sharpen=0)
         self.frames = [f for _,f in read_frames(clip)]
-        self.crops = [warp_crop(f, M, self.lip.size) for f,M in zip(self.frames, self.scene.Ms)]
-        self.ident,self.own = self.lip.know(self.scene)[1],lips(self.frames)
+        self.crops = [warp_crop(f, M, self.lip.size) for f,M in zip(self.frames, self.face.Ms)]
+        self.ident,self.own = self.lip.know(self.face)[1],lips(self.frames)
         t,spoken = (np.arange(len(self.own))+.5)/FPS,[o for o in load_truth(clip)['phones'] if o[2] != '_']
         self.level = float(np.nanmean(self.own[~np.any([(t > s-.1) & (t < e+.1) for s,e,_ in spoken], 0),0]))
         self.closed = closed_shape(self.own)
@@ -135,13 +140,14 @@ class Dub:
         "Shape of the mouth in each frame (m,3), and the middle of each in seconds"
         gate,lip,out,prev = speech_gate(wav),self.lip,[],None
         if at is None: at,t = to_and_fro(self.scene.times, len(wav)/SR, self.scene.gap)
-        tokens = lip.listen(np.asarray(hush(wav, gate)) if 'hush' in how else wav, t[-1]+1/FPS)
+        at = np.rint(at).astype(int)
+        tokens = lip.listen(np.asarray(hush(wav, gate)) if 'hush' in how else wav, t[-1]+1/FPS, silence=False).tokens
         for i in range(0, len(at), 16):
-            a,s = at[i:i+16],t[i:i+16]; rows = tokens[token_rows(s)]
+            a,s = at[i:i+16],t[i:i+16]; rows = _take(tokens, token_rows(s))
             shape = steer(heard_shape(lip.gen, rows, 1, CTX), gate_at(gate, s)[:,None], self.closed, openness, s[:,None]) if 'steer' in how else None
             raw = lip.gen.paint(lip._pictures([self.crops[j] for j in a])[:,None], self.ident(a), rows, CTX, shape).transpose(0, 1)
             y,prev = lip.gen.smooth(raw, prev)[0].clamp(0, 1),raw[:,-1:]
-            out += [paste(self.frames[j], c, self.scene.Ms[j], 1., lip.alpha) for j,c in zip(a, (y*255).round().byte().permute(0,2,3,1).numpy())]
+            out += [self.paste(Picture.of(self.frames[j]), c, c, self.face.Ms[j]).rgb() for j,c in zip(a, (y*255).round().byte().permute(0,2,3,1).numpy())]
         return lips(out), t+.5/FPS
 
 def lips(frames):

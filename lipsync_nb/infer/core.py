@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PREROLL', 'Plan', 'mix_sounds', 'LipSync', 'segments', 'face_boxes', 'make_report', 'lipsync_infer']
 
-# %% ../../nbs/51_infer.core.ipynb #fdb69a54
-import hashlib, time
+# %% ../../nbs/51_infer.core.ipynb #f0c62433
+import hashlib, os, time
 from contextlib import ExitStack
 from collections import deque
 from dataclasses import dataclass
@@ -146,12 +146,16 @@ def _segment(self:LipSync, p, a, b, file, pics, expert, watch, coding, how, bar)
             starts,v = seen.result()
             with atomic_path(file.with_suffix('.npz')) as tmp: np.savez(tmp, starts=starts, v=v)
 
-# %% ../../nbs/51_infer.core.ipynb #b2d9a780
-def _check_output(output, inputs):
+# %% ../../nbs/51_infer.core.ipynb #9a25eb91
+def _same(a, b): return os.path.abspath(a) == os.path.abspath(b) or (Path(a).exists() and Path(b).exists() and Path(a).samefile(b))
+
+def _check_output(output, inputs, report=None):
+    if report and Path(report).is_dir(): raise LipSyncError(f'{report} is a folder; name a file for the report')
+    if report and any(_same(report, p) for p in (output, *inputs)): raise LipSyncError(f'the report would overwrite {report}; choose another name for it')
     if output.suffix.lower() != '.mp4': raise LipSyncError(f'cannot write {output}: give a name that ends in .mp4')
     if output.is_dir(): raise LipSyncError(f'{output} is a folder; name a file to write, such as {output/"dubbed.mp4"}')
     for p in inputs:
-        if output.exists() and Path(p).exists() and output.samefile(p): raise LipSyncError(f'{output} is also an input; choose another name for the output')
+        if output.exists() and _same(output, p): raise LipSyncError(f'{output} is also an input; choose another name for the output')
 
 def face_boxes(
     p:Plan, # From `LipSync.plan`
@@ -182,7 +186,7 @@ def make_report(
         frames=n, dubbed=int(painted.sum()), passed_through=int((~painted).sum()), spans=spans(why, p.t), faces=faces, follow='audio' if p.free else 'video',
         seconds={**{k:round(v, 3) for k,v in watch.items()}, 'total':round(wall, 3)}, fps=round(n/wall, 1))
 
-# %% ../../nbs/51_infer.core.ipynb #5b50ea57
+# %% ../../nbs/51_infer.core.ipynb #f0072c63
 @patch(as_prop=True)
 def fingerprint(self:LipSync)->str: # 12 hex digits
     "What the generator is: its file's, or its weights' hash"
@@ -199,7 +203,7 @@ def _job(self:LipSync, video, audio, options):
     "All that a dub depends on"
     video = video.film.path if isinstance(video, Scene) else video
     def file(p): p = Path(p).resolve(); st = p.stat() if p.exists() else None; return [str(p), *((st.st_size, st.st_mtime_ns) if st else ())]
-    return dict(version=__version__, generator=self.fingerprint, engine=type(self.engine).__name__, batch=self.batch, refs=self.refs, device=str(self.device),
+    return dict(version=__version__, generator=self.fingerprint, engine=type(self.engine).__name__, batch=self.batch, refs=self.refs, device=str(self.device), torch=torch.__version__, voice=voice_detector(),
         inputs=[file(o) for o in (video, *audio)], options={k: str(v) for k,v in options.items()})
 
 @patch
@@ -212,7 +216,10 @@ def _scene(self:LipSync, video, folder, resume):
     if resume: scene.save(note)
     return scene
 
-# %% ../../nbs/51_infer.core.ipynb #8bf71c3d
+# %% ../../nbs/51_infer.core.ipynb #bd0b9a7d
+def _plain(path): # A name with a colon is a protocol to FFmpeg, unless it is absolute
+    return path if isinstance(path, Scene) else Path(os.path.abspath(path)) if ':' in str(path) else Path(path)
+
 @patch
 def dub(self:LipSync,
     video, # A video, a picture, or what `scout` found in one
@@ -239,9 +246,13 @@ def dub(self:LipSync,
     options = {k:v for k,v in locals().items() if k not in ('self','video','audio','output','report','resume')}
     if follow not in ('video','audio'): raise LipSyncError(f"cannot follow '{follow}'; choose video or audio")
     if not 0 <= openness <= 2: raise LipSyncError(f'openness {openness:g} is out of range; give a factor from 0 (closed) to 2')
-    output,watch,start = Path(output),Stopwatch(),time.perf_counter()
-    audio = list(audio) if isinstance(audio, (list,tuple)) else [audio]; source = video.film.path if isinstance(video, Scene) else Path(video)
-    _check_output(output, [*audio, source])
+    for name,v,lo,hi in (('crf',crf,0,51), ('sharpen',sharpen,0,4), ('fade',fade,0,1000), ('segment',segment,.5,3600)):
+        if not lo <= v <= hi: raise LipSyncError(f'{name} {v:g} is out of range; give a number from {lo:g} to {hi:g}')
+    video,output,*audio = map(_plain, (video, output, *(audio if isinstance(audio, (list,tuple)) else [audio])))
+    watch,start,source = Stopwatch(),time.perf_counter(),video.film.path if isinstance(video, Scene) else video
+    _check_output(output, [o for o in (*audio, source, self.source, scorer, cert, key) if o], report)
+    for o in (*audio, source):
+        if not Path(o).exists(): raise LipSyncError(f'{o} does not exist; check the path')
     expert = load_judge(scorer, self.device) if scorer else None
     if mark and cert: read_certificate(cert, key)                       # before any work
     with ExitStack() as stack:

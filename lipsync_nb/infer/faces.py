@@ -18,10 +18,10 @@ from fastcore.basics import patch
 from ..core import FPS, SR, LipSyncError, atomic_path
 from ..data.face import JAW, _local_line, apply_affine, find_cuts, patch_crop, smooth_align
 from ..data.shots import SPEAKS, _pace, find_picture_cuts
-from .film import Film, rising
+from .film import Film, rising, sound_zero
 from .lookout import Lookout
 from .persons import NOTE, OTHER, WHY, exemplars, find_flaws, group_tracks, likeness, link_notes
-from ..media import _open, _origin
+from ..media import _open
 
 # %% ../../nbs/50c_infer.faces.ipynb #3364a506
 MARK = np.dtype([(k, NOTE[k]) for k in ('frame','fit','jaw','eyes','height','opening')] + [('why','u1'), ('track','<i4')])
@@ -212,10 +212,10 @@ def sound_levels(
     with _open(path) as c:
         a = next(iter(c.streams.audio), None)
         if a is None: raise LipSyncError(f'{path} has no sound that could tell who speaks; choose the face by largest, left, right or its number')
-        res,t = av.AudioResampler(format='fltp', layout='mono', rate=SR),None
+        res,t,zero = av.AudioResampler(format='fltp', layout='mono', rate=SR),None,sound_zero(path)
         try:
             for o in chain(c.decode(a), [None]):
-                if t is None: t = (o.time or 0.)-_origin(c) if o else 0.
+                if t is None: t = (o.time or 0.)-zero if o else 0.
                 for x in res.resample(o):
                     x = x.to_ndarray()[0]; k = np.searchsorted(edges, t+np.arange(len(x))/SR, 'right')-1; t += len(x)/SR
                     for i in np.unique(k[(k >= 0) & (k < len(times))]): power[:,i] += (x[k == i]**2).sum(),(k == i).sum()
@@ -254,7 +254,7 @@ def choose(self:Scene,
     "Say who shall be dubbed"
     casts,m = _cast(self),self.marks; who = self.owner[m['track']]
     main = int(np.bincount(who[who >= 0], (m['height']*(m['why'] == 0))[who >= 0]).argmax())
-    if str(face).isdigit():
+    if str(face).isdecimal():
         if int(face) > self.owner.max(): raise LipSyncError(f'{self.film.path} shows no person {face}; found were: {say_persons(self)}')
         picks = [_person(c, int(face), 'number') for c in casts]
     elif face == 'all':

@@ -60,7 +60,7 @@ def pick_refs(
     refs.gap = int(min(far))
     return refs
 
-# %% ../../nbs/50i_infer.lips.ipynb #a7fae4dc
+# %% ../../nbs/50i_infer.lips.ipynb #3d7ce9e0
 CTX = 8 # Training frames of sound on each side that a painted frame may look at
 
 class Lips:
@@ -75,9 +75,11 @@ class Lips:
         compile:bool=False, # Compile the painting part? Pays on a GPU, for long films
     ):
         if checkpoint is None and gen is None: raise ValueError('expected a checkpoint or a generator, got neither')
+        if compile and engine != 'torch': raise LipSyncError(f'the engine {engine} cannot be compiled; leave out --compile')
         if gen is not None: self.engine = TorchEngine(gen, device, compile=compile)
         else: self.engine = load_engine(checkpoint, engine, device, **dict(compile=True) if compile else {})
         self.source,self.gen,self.device,self.refs,self.size = checkpoint,gen or getattr(self.engine, 'gen', None),self.engine.device,refs,self.engine.cfg.size
+        if batch is not None and batch < 1: raise LipSyncError(f'cannot paint {batch} frames at a time; give a batch of 1 or more')
         self.batch = batch or fit_batch(self.engine)
 
     def _pictures(self, crops): # list of (h,w,3) uint8 → (n,3,h,w) float
@@ -200,7 +202,7 @@ class Stopwatch(dict):
         "The next `n` items, on this stage's time"
         with self(stage): return [next(it) for _ in range(n)]
 
-# %% ../../nbs/50i_infer.lips.ipynb #021a93fe
+# %% ../../nbs/50i_infer.lips.ipynb #e8de7d7c
 @dataclass
 class Part:
     "One face of a film, and what it is to say"
@@ -223,7 +225,8 @@ def part(self:Lips,
     ok = np.array([not face.why[i] and int(face.person[i]) in refs for i in at])
     cut = np.array([False] + [i != j and max(i, j) in face.cuts for i,j in zip(at[:-1], at[1:])])
     fresh = np.r_[True, ok[1:] != ok[:-1]] | cut
-    return Part(face, voice, ident, fade_weights(ok, fade), fresh, closed_shape(face.opening[np.isfinite(face.opening)])), refs
+    good = np.array([not w for w in face.why]) & np.isfinite(face.opening)
+    return Part(face, voice, ident, fade_weights(ok, fade), fresh, closed_shape(face.opening[good])), refs
 
 # %% ../../nbs/50i_infer.lips.ipynb #eb5e3329
 def between(

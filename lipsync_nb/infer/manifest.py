@@ -182,9 +182,10 @@ def _check_files(job, problem):
 # %% ../../nbs/51b_infer.manifest.ipynb #6218b0df
 def _key(p): return unicodedata.normalize('NFC', os.path.realpath(p)).casefold()   # the same for names that may be one file
 
-def _check_names(jobs, problem):
+def _check_names(jobs, problem, source=None):
     "No output or report may be another's, or an input"
-    taken = {_key(getattr(j, k)): f'the {k} of line {j.line}' for j in reversed(jobs) for k in ('audio','video')}
+    taken = {_key(getattr(j, k)): f'the {k} of line {j.line}' for j in reversed(jobs) for k in ('audio','video','checkpoint') if getattr(j, k, None)}
+    if source is not None: taken[_key(source)] = 'the list itself'
     for j in jobs:
         for k in ('output', 'report'):
             p = getattr(j, k); key = _key(p)
@@ -232,6 +233,6 @@ def read_jobs(
     where = [p and Path(os.path.abspath(p)) for p in (checkpoint, reports)]
     jobs = [j for i,r in rows if (j := _job(i, r, root, *where, options or {}, problem))]
     for j in jobs: _check_files(j, problem)
-    _check_names(jobs, problem); _check_models(jobs, problem)
+    _check_names(jobs, problem, source if isinstance(source, (str, Path)) else None); _check_models(jobs, problem)
     if bad: raise ManifestError(source if isinstance(source, (str, Path)) else 'the list', bad)
     return jobs

@@ -93,7 +93,7 @@ def _make(job, threads, lip):
     _room(job)
     gen,was = _lip(job.checkpoint, job.model, tuple(sorted(lip.items()))),{k: stamp(getattr(job, k)) for k in ('video','audio')}
     job.report.unlink(missing_ok=True)
-    with hushed(): rep = gen.dub(video=job.video, audio=job.audio, output=job.output, **job.options)
+    with hushed(): rep = gen.dub(video=job.video, audio=job.audio, output=job.output, **{'resume':True, **job.options})
     for k,s in was.items():
         if not _same(getattr(job, k), s, False): job.output.unlink(); raise LipSyncError(f'{getattr(job, k)} was changed while it was read; start the batch again')
     rep['batch'] = dict(schema=1, id=cfg_hash(job.spec()), spec=job.spec(), **was, output=stamp(job.output), film=job.seconds, begin=begin,
@@ -310,6 +310,7 @@ def lipsync_infer_batch(
     if workers is None: workers = default_workers(len(jobs), device)
     if dry_run: return plan(jobs, workers, deep)
     if json and (why := why_unwritable(Path(os.path.abspath(json)).parent)): raise LipSyncError(f'cannot write {json}: {why}')
+    if json and os.path.realpath(json) in {os.path.realpath(o) for j in jobs for o in (j.video, j.audio, j.output, j.report, j.checkpoint, manifest)}: raise LipSyncError(f'the summary would overwrite {json}; choose another name for it')
     run = run_batch(jobs, workers=workers, tries=tries, limit=limit, deep=deep, threads=threads, **lip)
     try:
         for r in run:

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from ..core import _HOST, LipSyncError, is_leftover, load_json, save_json
 from .writer import told
 
-# %% ../../nbs/50m_infer.work.ipynb #c7143784
+# %% ../../nbs/50m_infer.work.ipynb #b4fcbdb2
 @contextmanager
 def work_folder(
     output, # What will be written
@@ -36,8 +36,8 @@ def work_folder(
         keep = False
     except BaseException: keep = resume and any(folder.glob('part*.mp4')); raise
     finally:
-        lock.release()
         if not keep: shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
 
 def _clear(folder, job):
     "Throw away what is not the work of this job"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PartWriter', 'join', 'told']
 
-# %% ../../nbs/50h_infer.writer.ipynb #87e72d90
-import errno
+# %% ../../nbs/50h_infer.writer.ipynb #2baebc4f
+import errno, os
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..core import LipSyncError, atomic_path
 from .picture import Look, Picture
 
-# %% ../../nbs/50h_infer.writer.ipynb #a0a33be8
+# %% ../../nbs/50h_infer.writer.ipynb #7057f307
 def _encoder(look, crf, preset, lossless):
     "Name and options of the encoder for a film"
     if look.deep:
@@ -38,7 +38,7 @@ class PartWriter:
 
     def __enter__(self):
         self._atomic = atomic_path(self.path); tmp = self._atomic.__enter__()
-        self.c = av.open(str(tmp), 'w', format='mp4')
+        self.c = av.open(os.path.abspath(tmp), 'w', format='mp4')
         name,options = _encoder(self.look, *self.args); look = self.look
         v = self.v = self.c.add_stream(name, rate=25, options=options)
         v.width,v.height,v.pix_fmt = look.width,look.height,look.format
@@ -69,20 +69,20 @@ def write(self:PartWriter,
     f.pts,f.time_base,f.pict_type = ticks,Fraction(1, want.tick),0     # the encoder chooses its key frames
     self.c.mux(self.v.encode(f)); self.n += 1
 
-# %% ../../nbs/50h_infer.writer.ipynb #7641deb7
+# %% ../../nbs/50h_infer.writer.ipynb #8c36a2e0
 def _packets(parts):
     "All packets with the number of the frame that each shows"
     n = 0
     for p in parts:
-        with av.open(str(p)) as c: pts = [k.pts for k in c.demux(c.streams.video[0]) if k.size]
+        with av.open(os.path.abspath(p)) as c: pts = [k.pts for k in c.demux(c.streams.video[0]) if k.size]
         rank = np.argsort(np.argsort(pts))
-        with av.open(str(p)) as c:
+        with av.open(os.path.abspath(p)) as c:
             for r,k in zip(rank, (k for k in c.demux(c.streams.video[0]) if k.size)): yield n+int(r), k
         n += len(pts)
 
 def _disorder(parts):
     "How many frames later than its turn any packet comes"
-    with av.open(str(parts[0])) as c: pts = np.array([k.pts for k in c.demux(c.streams.video[0]) if k.size])
+    with av.open(os.path.abspath(parts[0])) as c: pts = np.array([k.pts for k in c.demux(c.streams.video[0]) if k.size])
     return max(2, int((np.arange(len(pts)) - np.argsort(np.argsort(pts))).max()))
 
 class _Sound:
@@ -101,7 +101,7 @@ class _Sound:
 
     def end(self): self.push(len(self.sound)); self.c.mux(self.a.encode(None))
 
-# %% ../../nbs/50h_infer.writer.ipynb #91a1397a
+# %% ../../nbs/50h_infer.writer.ipynb #eb6d024f
 def join(
     parts:list, # Files of `PartWriter`, in order, of one look
     ticks:np.ndarray, # (n,) int time of every frame since the first
@@ -114,7 +114,7 @@ def join(
     "One film from its parts and its sound; it appears when it is whole"
     D,ticks = _disorder(parts),np.asarray(ticks, np.int64); gap = int(ticks[1]-ticks[0]) if len(ticks) > 1 else look.tick//25
     decode = np.r_[ticks[0]-gap*np.arange(D, 0, -1), ticks]
-    with atomic_path(path) as tmp, av.open(str(parts[0])) as first, av.open(str(tmp), 'w', format='mp4', options=dict(movflags='+faststart')) as c:
+    with atomic_path(path) as tmp, av.open(os.path.abspath(parts[0])) as first, av.open(os.path.abspath(tmp), 'w', format='mp4', options=dict(movflags='+faststart')) as c:
         if comment: c.metadata['comment'] = comment
         v = c.add_stream_from_template(first.streams.video[0]); v.time_base = Fraction(1, look.tick)
         if look.turn: v.set_display_rotation(90*look.turn)
