@@ -113,7 +113,7 @@ def test_killed_workers(store, calm, tmp_path):
     assert {k: len(v) for k,v in killed.items()} == dict(c=2, d=1)
     got = {Path(r['output']).stem: (r['status'], r['kind'], r['tries']) for r in load_json(tmp_path/'s.json')['records']}
     assert got == {'-a':('done','',1), 'b é 顔':('done','',1), 'c':('failed','died',2), 'd':('done','',2)}
-    assert names(out) == [n for n in WANT if not n.startswith('c.')]
+    assert [n for n in names(out) if n != '.c.parts'] == [n for n in WANT if not n.startswith('c.')]   # what was begun of it may be taken up again
     assert films(out) == {k: v for k,v in calm.items() if k != 'c.mp4'}
 
 @linux
@@ -126,7 +126,7 @@ def test_interrupted(store, calm, tmp_path, capsys):
     err = [o for o in err.splitlines() if not re.match(r'[IW]\d{4} |INFO: |WARNING: All log', o)]
     assert p.returncode == 2 and len(err) == 1 and 'interrupted' in err[0], err
     s = load_json(tmp_path/'s.json'); assert s['left'] and f"{s['left']} left" in said
-    assert not list(out.glob('.*')) and len(list(out.glob('*.json'))) >= max(s['done'], 1)
+    assert not [o for o in out.glob('.*') if not o.name.endswith('.parts')] and len(list(out.glob('*.json'))) >= max(s['done'], 1)
     jobs = read_jobs(manifest(store, out, d=30), store/'gen.safetensors'); torch.set_num_threads(1)
     plan(jobs); said = capsys.readouterr().out; assert re.search(r'd\.mp4, 1\.2 s of film', said) and '; about ' in said
     assert {r['status'] for r in run_batch(jobs, workers=0)} == {'done', 'already'}

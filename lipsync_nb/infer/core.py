@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREROLL', 'Plan', 'mix_sounds', 'LipSync', 'segments', 'face_boxes', 'make_report', 'lipsync_infer']
 
-# %% ../../nbs/51_infer.core.ipynb #f0c62433
+# %% ../../nbs/51_infer.core.ipynb #53705a22
 import hashlib, os, time
 from contextlib import ExitStack
 from collections import deque
@@ -28,7 +28,7 @@ from .lips import Lips, Stopwatch
 from .provenance import MARK, mark_video
 from .score import Watcher, judge_lips, load_judge
 from .voice import voice_detector
-from .work import spare_core, tell_disk, work_folder
+from .work import spare_core, tell_disk, unbroken, work_folder
 from .writer import PartWriter, join
 
 # %% ../../nbs/51_infer.core.ipynb #b9ceb9ef
@@ -216,7 +216,7 @@ def _scene(self:LipSync, video, folder, resume):
     if resume: scene.save(note)
     return scene
 
-# %% ../../nbs/51_infer.core.ipynb #bd0b9a7d
+# %% ../../nbs/51_infer.core.ipynb #7f8e9b0c
 def _plain(path): # A name with a colon is a protocol to FFmpeg, unless it is absolute
     return path if isinstance(path, Scene) else Path(os.path.abspath(path)) if ':' in str(path) else Path(path)
 
@@ -263,7 +263,7 @@ def dub(self:LipSync,
         p = self.plan(scene, audio, follow, face, silence, fade, watch)
         files = self.render(p, folder, max(25, round(segment*scene.film.fps)), expert, watch, dict(crf=crf, lossless=lossless), openness=openness, colour=colour, sharpen=sharpen)
         with watch('join'): whole = join(files, p.ticks, folder/'whole.mp4', p.look, p.sound, p.sr, MARK if mark else None)
-        with watch('mark'): marked = mark_video(whole, tmp, source, scene.film.still, cert, key, self.fingerprint) if mark else whole.replace(tmp) and None
+        with watch('mark'), unbroken(): marked = mark_video(whole, tmp, source, scene.film.still, cert, key, self.fingerprint) if mark else whole.replace(tmp) and None
         rep = make_report(p, watch, time.perf_counter()-start) | dict(output=str(output), mark=marked, generator=self.fingerprint,
             audio=dict(sample_rate=p.sr, channels=p.sound.row[0], seconds=round(len(p.sound)/p.sr, 3)), sync=self._sync(p, expert, files) if expert else None, silence=voice_detector() if silence else None)
         if note: save_json(rep, note)
