@@ -77,12 +77,12 @@ def _group(notes, tracks, shots, good):
 def scene(self:Lookout)->Scene:
     "Decide from the notes"
     cuts = find_picture_cuts(np.array(self.change)); kept = self.reread(cuts)
-    notes = self.notes.all()[kept]; order = np.argsort(notes['frame'], kind='stable')
-    kept,notes = kept[order],notes[order]
-    keep,tracks = _tracks(notes, cuts); kept,notes = kept[keep],notes[keep]
+    kept = kept[np.argsort(self.notes.all()['frame'][kept], kind='stable')]; notes = self.notes.all()[kept]
+    keep,tracks = _tracks(notes, cuts)
+    if not keep.all(): kept,notes = kept[keep],notes[keep]
     why = find_flaws(notes, tracks, self.shape)
     if not (why == 0).any(): raise LipSyncError(f'{self.film.path} shows no face that can be dubbed ({WHY[Counter(why.tolist()).most_common(1)[0][0] if len(why) else 1]}); give a film in which one face is seen from the front')
-    good = why == 0; at = np.full(len(self.notes.all()), -1); at[kept] = np.arange(len(kept))
+    good = why == 0; at = np.full(self.notes.n, -1); at[kept] = np.arange(len(kept))
     pictures = sorted((int(at[k]), p) for k,_,p in self.gallery.items() if at[k] >= 0 and good[at[k]])
     owner,alike = _group(notes, tracks, np.searchsorted(cuts, notes['frame'], side='right'), good)
     shown = set(owner[tracks[[k for k,_ in pictures]]].tolist()); lost = good & ~np.isin(owner[tracks], list(shown))

@@ -58,9 +58,9 @@ class Notes:
         self.wait = []
 
     def all(self)->np.ndarray: # (n,) of `NOTE`, in the order in which they came
-        "All notes so far"
+        "All notes so far: a view, to be let go of before the next note is taken"
         self._settle()
-        return np.frombuffer(bytes(self.buf), NOTE)
+        return np.frombuffer(self.buf, NOTE)
 
 # %% ../../nbs/50a_infer.persons.ipynb #57da4513
 class Spread:
