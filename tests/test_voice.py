@@ -16,7 +16,7 @@ from lipsync_nb.infer.film import to_and_fro
 from lipsync_nb.infer.lips import CTX, _take, token_rows
 from lipsync_nb.infer.paste import Paster
 from lipsync_nb.infer.picture import Picture
-from lipsync_nb.infer.voice import breath, closed_shape, gate_at, heard_shape, hush, pieces, speech_gate, steer, tighten
+from lipsync_nb.infer.voice import breath, closed_shape, gate_at, heard_shape, hush, pieces, speech_gate, steer, tighten, voice_probability
 from lipsync_nb.media import probe, read_audio, read_frames
 from lipsync_nb.mouth import bilabial_ratio
 from lipsync_nb.sample import sample_corpus, sample_generator
@@ -185,3 +185,11 @@ def test_nothing_but_silence(dub):
 def test_micro_motion_is_small():
     z = breath(np.arange(0, 1800, .04))
     assert z[...,0].abs().max() <= .001 and z.abs().max() < .02 and z.diff(dim=0).abs().max() < .002
+
+def test_two_threads_do_not_hear_each_other():
+    "The net has a memory: listened to in two threads at once, it must say of each sound what it says of it alone"
+    from concurrent.futures import ThreadPoolExecutor
+    clips = sorted(sample_corpus().rglob('*.mp4'))[:2]; wavs = [read_audio(c) for c in clips]*2
+    alone = [voice_probability(w) for w in wavs]
+    with ThreadPoolExecutor(4) as ex: together = list(ex.map(voice_probability, wavs))
+    for a,b in zip(alone, together): np.testing.assert_array_equal(a, b)

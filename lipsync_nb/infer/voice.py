@@ -11,6 +11,7 @@ __all__ = ['CHUNK', 'LAG', 'LEAD', 'ATTACK', 'RELEASE', 'CLOSED', 'AJAR', 'WIDES
 import importlib.util, warnings
 from contextlib import contextmanager
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import torch
@@ -65,7 +66,8 @@ def _net():
         return torch.jit.load(f'{folder}/data/silero_vad.jit', map_location='cpu').eval()
 
 # %% ../../nbs/50d_infer.voice.ipynb #2506254e
-CHUNK = 512 # Samples that the net judges at a time
+CHUNK  = 512    # Samples that the net judges at a time
+_ALONE = Lock() # The net remembers what it has heard: one listener at a time, in whichever thread
 
 @contextmanager
 def _one_thread():
@@ -82,9 +84,8 @@ def voice_probability(
     size:int=60*SR, # Samples to take at a time; rounded to whole chunks
 )->np.ndarray: # (k,) float32 in [0,1], one per 32 ms begun
     "How likely a voice is heard, by Silero's net"
-    net,out = _net(),[]
-    net.reset_states()
-    with _one_thread():
+    with _ALONE, _one_thread():
+        net,out = _net(),[]; net.reset_states()
         for x in pieces(wav, max(1, size//CHUNK)*CHUNK):
             x = torch.from_numpy(np.pad(x, (0, -len(x)%CHUNK))).view(-1, 1, CHUNK)
             out += [net(o, SR).item() for o in x]
