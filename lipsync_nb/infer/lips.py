@@ -202,7 +202,7 @@ class Stopwatch(dict):
         "The next `n` items, on this stage's time"
         with self(stage): return [next(it) for _ in range(n)]
 
-# %% ../../nbs/50i_infer.lips.ipynb #e8de7d7c
+# %% ../../nbs/50i_infer.lips.ipynb #235a843a
 @dataclass
 class Part:
     "One face of a film, and what it is to say"
@@ -214,19 +214,26 @@ class Part:
     closed:tuple        # Shape of the closed mouth
 
 @patch
+def rest(self:Lips)->np.ndarray: # (3,) opening, width, height of the lips over the distance between the eyes
+    "The mouth that the generator makes of silence"
+    tokens = torch.cat(list(encode_long(self.engine, np.zeros(2*SR, np.float32), 2*FPS, CTX)))
+    return self.engine.hear(_take(tokens.cpu(), token_rows([1.])).to(self.device), CTX)[0,0].cpu().numpy()
+
+@patch
 def part(self:Lips,
     face:Face, # Which face
     voice:Voice, # What it says
     at:np.ndarray, # (m,) frames shown
     fade:int=4, # Frames over which the painted mouth comes and goes beside frames that cannot be dubbed
 )->tuple: # The `Part`, and the references `{person: Refs}`
-    "Make one face ready to speak"
+    "Make one face ready to speak; its closed mouth is the generator's own, no wider open than the person's"
     refs,ident = self.know(face); at = np.rint(at).astype(int)
     ok = np.array([not face.why[i] and int(face.person[i]) in refs for i in at])
     cut = np.array([False] + [i != j and max(i, j) in face.cuts for i,j in zip(at[:-1], at[1:])])
     fresh = np.r_[True, ok[1:] != ok[:-1]] | cut
-    good = np.array([not w for w in face.why]) & np.isfinite(face.opening)
-    return Part(face, voice, ident, fade_weights(ok, fade), fresh, closed_shape(face.opening[good])), refs
+    good = np.array([not w for w in face.why]) & np.isfinite(face.opening); rest = self.rest()
+    closed = np.r_[min(rest[0], closed_shape(face.opening[good])[0]), rest[1:]].astype(np.float32)
+    return Part(face, voice, ident, fade_weights(ok, fade), fresh, closed), refs
 
 # %% ../../nbs/50i_infer.lips.ipynb #eb5e3329
 def between(
