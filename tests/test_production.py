@@ -151,7 +151,7 @@ def test_too_slow_and_refused(store, calm, tmp_path):
     said = finish(p, 1); s = load_json(tmp_path/'s.json')
     assert [(r['status'], r['kind'], r['tries']) for r in s['records']] == [('failed','late',1), ('failed','refused',1), ('done','',1)]
     assert 'took longer than 15 s' in said and 'no face' in said and s['reasons'] == dict(late=1, refused=1)
-    assert names(tmp_path) == ['long.wav', 'm.jsonl', 'notes', 'rep', 's.json'] and films(tmp_path/'notes') == {'d.mp4': calm['d.mp4']}
+    assert [n for n in names(tmp_path) if n != '.long.parts'] == ['long.wav', 'm.jsonl', 'notes', 'rep', 's.json'] and films(tmp_path/'notes') == {'d.mp4': calm['d.mp4']}   # the parts that a fast machine has finished by then may be taken up again
     assert names(tmp_path/'rep/notes') == ['d.json']
 
 def test_bad_list(store, tmp_path):
