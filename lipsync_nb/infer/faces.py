@@ -77,7 +77,8 @@ def _group(notes, tracks, shots, good):
 def scene(self:Lookout)->Scene:
     "Decide from the notes"
     cuts = find_picture_cuts(np.array(self.change)); kept = self.reread(cuts)
-    kept = kept[np.argsort(self.notes.all()['frame'][kept], kind='stable')]; notes = self.notes.all()[kept]
+    kept = kept[np.argsort(self.notes.all()['frame'][kept], kind='stable')]; notes = self.notes.all()
+    if not np.array_equal(kept, np.arange(len(notes))): notes = notes[kept]
     keep,tracks = _tracks(notes, cuts)
     if not keep.all(): kept,notes = kept[keep],notes[keep]
     why = find_flaws(notes, tracks, self.shape)
@@ -137,7 +138,7 @@ def _fill(x, segments, σ=1.):
     flat = x.reshape(len(x), -1)
     for a,b in segments:
         at = (~np.isnan(flat[a:b,0])).nonzero()[0]
-        if len(at): flat[a:b] = np.stack([_local_line(np.interp(np.arange(b-a), at, v[at]), np.ones(b-a), σ) for v in flat[a:b].T], 1)
+        for v in flat[a:b].T if len(at) else (): v[:] = _local_line(np.interp(np.arange(b-a), at, v[at]), np.ones(b-a), σ)
     return x
 
 def _bridge(why, segments, longest=3):
@@ -155,17 +156,18 @@ def face(self:Scene,
     picks=(), # What to write into `Face.picks`
 )->Face:
     "Put a face together"
-    n,m = len(self.times),self.marks; on = (at >= 0).nonzero()[0]; use = m[at[on]]
+    n,m = len(self.times),self.marks; on = (at >= 0).nonzero()[0]; use = at[on]
     Ms,jaw,opening = np.full((n,2,3), np.nan),np.full((n,len(JAW),2), np.nan, np.float32),np.full(n, np.nan, np.float32)
     person,why = np.full(n, -1, np.int32),[WHY[1]]*n
-    who = self.owner[use['track']]; Ms[on],opening[on],person[on] = use['fit'],use['opening'],who
-    for i,w in zip(on, use['why']): why[i] = WHY[w]
+    who = self.owner[m['track'][use]]; Ms[on],opening[on],person[on] = m['fit'][use],m['opening'][use],who
+    for i,w in zip(on, m['why'][use]): why[i] = WHY[w]
     cuts = self.cuts | set(find_cuts(Ms).tolist()) | set(on[1:][np.diff(who) != 0].tolist())
     ends = [0, *sorted(cuts), n]; segments = list(zip(ends[:-1], ends[1:]))
-    Ms = smooth_align(Ms, cuts=cuts); jaw[on] = apply_affine(Ms[on], use['jaw'].astype(float))
+    Ms = smooth_align(Ms, cuts=cuts)
+    for i in np.array_split(on, len(on)//4096+1): jaw[i] = apply_affine(Ms[i], m['jaw'][at[i]].astype(float))   # in pieces: a long film has many
     for a,b in segments:
         s = person[a:b]; s[:] = s[s >= 0][0] if (s >= 0).any() else -1                 # bridged like `Ms`
-    back = dict(zip(at[on].tolist(), on.tolist())); seen = [(back[k], float(m['opening'][k]), p) for k,p in self.pictures if k in back]
+    back = dict(zip(use.tolist(), on.tolist())); seen = [(back[k], float(m['opening'][k]), p) for k,p in self.pictures if k in back]
     known = {int(person[i]) for i,*_ in seen}
     for i in on:
         if not why[i] and person[i] not in known: why[i] = WHY[-1]

@@ -183,7 +183,7 @@ def _round(jobs, args, workers, limit):
     try:
         for i,r in pool_map('lipsync_nb.infer.production:_task', [(vars(j), *args) for j in jobs], workers, tries=1, limit=lambda a: limit(Job(**a[0]))):
             none = False
-            if isinstance(r, TaskError): r = _record(jobs[i], 'failed', f'it took longer than {limit(jobs[i]):.0f} s' if r.kind == 'late' else r.why, r.kind)
+            if isinstance(r, TaskError): r = _record(jobs[i], 'failed', f'it took longer than {limit(jobs[i]):.0f} s; a higher limit goes on where it stopped' if r.kind == 'late' else r.why, r.kind)
             yield jobs[i],r
     except LipSyncError:                                          # a worker that could not start
         if none: raise
