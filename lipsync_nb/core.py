@@ -55,6 +55,12 @@ def _remove(p):
     if p.is_dir() and not p.is_symlink(): shutil.rmtree(p, ignore_errors=True)
     else: p.unlink(missing_ok=True)
 
+def _unmake(folders):
+    "Remove folders that were made for nothing, the innermost first"
+    for p in folders:
+        try: p.rmdir()
+        except OSError: return
+
 def _replace(tmp, path, folder):
     "Put `tmp` in the place of `path`; another process may do the same at this moment, and the last one wins"
     for last in (False,)*9 + (True,):
@@ -69,7 +75,7 @@ def atomic_path(
     folder:bool=False, # Make a folder instead of a file?
 ):
     "A temporary path beside `path`, renamed to `path` if the block succeeds and removed if it does not"
-    path = Path(path)
+    path,done = Path(path),False; new = [q for q in path.parents if not q.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = path.with_name(f'.{path.stem}.tmp{os.getpid()}-{_HOST}{path.suffix}')
@@ -79,8 +85,10 @@ def atomic_path(
     except OSError as e: raise LipSyncError(f'cannot write {path}: {e.strerror}; choose a folder that can be written') from None
     try:
         yield tmp
-        _replace(tmp, path, folder)
-    finally: _remove(tmp)
+        _replace(tmp, path, folder); done = True
+    finally:
+        _remove(tmp)
+        if not done: _unmake(new)
 
 # %% ../nbs/00_core.ipynb #acb15906
 def _runs(pid):

@@ -34,6 +34,10 @@ def _open(path, **options):
     except (av.error.FFmpegError, OSError) as e:
         raise LipSyncError(f'{path} cannot be read as video or sound ({e.strerror}); give a file that plays') from None
 
+def _picture(c):
+    "The picture track of a container, `None` if there is none; the cover of a song is no film"
+    return next((s for s in c.streams.video if not s.disposition & av.stream.Disposition.attached_pic), None)
+
 # %% ../nbs/01_media.ipynb #d3fd49f9
 @dataclass
 class VideoInfo:
@@ -52,7 +56,7 @@ class VideoInfo:
 # %% ../nbs/01_media.ipynb #5d4571a5
 def _info(path, c):
     "What the open container `c` says"
-    v = next(iter(c.streams.video), None); a = next(iter(c.streams.audio), None)
+    v = _picture(c); a = next(iter(c.streams.audio), None)
     pic,snd = v and v.codec_context,a and a.codec_context          # `None` where FFmpeg does not know the coding
     fps = float(v.average_rate or v.guessed_rate or 0) if v else 0.
     dur = float(v.duration*v.time_base) if v and v.duration else (c.duration or 0)/av.time_base
@@ -165,7 +169,7 @@ def write_video(
 # %% ../nbs/01_media.ipynb #1dd5bc98
 def _timed(c, path, threads):
     "Decoded frames with their times in seconds, the first one's unchanged"
-    v = next(iter(c.streams.video), None)
+    v = _picture(c)
     if v is None: raise LipSyncError(f'{path} has no picture track; give a video')
     if v.codec_context is None: raise LipSyncError(f'the picture of {path} is in a coding that cannot be decoded here; convert it to H.264')
     if threads: v.codec_context.thread_count = threads
@@ -237,7 +241,7 @@ def read_frames(
 # %% ../nbs/01_media.ipynb #28b0fe93
 def _origin(c):
     "The time at which the picture starts, else the sound: the zero of every time in this library"
-    s = (list(c.streams.video) or list(c.streams.audio))[0]
+    s = _picture(c) or c.streams.audio[0]
     return float((s.start_time or 0)*s.time_base)
 
 def read_audio(

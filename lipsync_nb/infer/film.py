@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..core import FPS, SR, LipSyncError
 from .picture import Look, Picture, look_of
-from ..media import _open, _origin, _timed, is_image, probe, read_image
+from ..media import _open, _origin, _picture, _timed, is_image, probe, read_image
 
 # %% ../../nbs/50_infer.film.ipynb #75e72113
 def is_still(
@@ -30,9 +30,12 @@ def is_still(
     "Is it a picture? Also one with a second picture in it, as telephones save them"
     if is_image(path): return True
     try:
-        with Image.open(path) as im: return im.format in ('MPO','TIFF')
+        with Image.open(path) as im:
+            if im.format == 'WEBP': raise LipSyncError(f'{path} is an animated WebP, which cannot be read; convert it to GIF or MP4')
+            return im.format in ('MPO','TIFF')
     except OSError: return False
 
+# %% ../../nbs/50_infer.film.ipynb #50438f6b
 class Film:
     "The frames of a video, or of a still picture, in any order that runs to and fro; none is kept"
     def __init__(self,
@@ -44,7 +47,7 @@ class Film:
         if self.still: return
         info = probe(path); self.fps,self.n_frames = info.fps or self.fps,info.n_frames
         with _open(path) as c:
-            for v in c.streams.video[:1]: self.tb,self.aspect = v.time_base,v.sample_aspect_ratio
+            if v := _picture(c): self.tb,self.aspect = v.time_base,v.sample_aspect_ratio
 
     def __iter__(self): # Yields `(t, picture)`: seconds since the first frame, and a `Picture`
         if self.still: yield 0.,self.picture; return
@@ -98,7 +101,7 @@ def _eased(times, seconds, ease):
 def _read_block(path, times, i, j):
     "Frames `i` to `j-1` in a dict by number, found by seeking"
     with _open(path) as c:
-        v = c.streams.video[0]; start,out = v.start_time or 0,{}
+        v = _picture(c); start,out = v.start_time or 0,{}
         if c.format.name in ('avi','mpegts'): return out                     # their seeking is not to the frame
         c.seek(round(times[i]/v.time_base) + start, stream=v)
         for t,f in _timed(c, path, 0):
@@ -189,8 +192,9 @@ def sound_zero(
 )->float: # Seconds
     "The time stamp of the first frame that can be decoded, else of the sound's start: the zero of every time"
     with _open(path) as c:
-        if not c.streams.video or c.streams.video[0].codec_context is None: return _origin(c)
-        try: return next(f.time for f in c.decode(c.streams.video[0]) if f.time is not None)
+        v = _picture(c)
+        if v is None or v.codec_context is None: return _origin(c)
+        try: return next(f.time for f in c.decode(v) if f.time is not None)
         except (StopIteration, av.error.FFmpegError): return _origin(c)
 
 HOLE = .04 # Seconds that may be missing in a sound track before silence is put there

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from ..core import LipSyncError, cfg_hash, hash_file
-from .core import LipSync
+from .core import LipSync, check_options
 from ..train.checkpoint import model_info
 
 # %% ../../nbs/51b_infer.manifest.ipynb #2b0afdc3
@@ -159,6 +159,8 @@ def _job(line, row, root, checkpoint, reports, options, problem):
     for k,(kind,_) in dub_options().items():
         try: given |= {k: read_value(row[k], kind)} if k in row else {}
         except ValueError as e: problem(line, f'{k} {e}')
+    try: check_options(**given)
+    except LipSyncError as e: problem(line, str(e))
     p = _paths(line, row, root, checkpoint, problem)
     if 'output' in p and p['output'].suffix.lower() != '.mp4': problem(line, f"output {row['output']} should end in .mp4"); return None
     return Job(line, report=_report_path(p['output'], root, reports), options=given, names={k: str(row[k]) for k in ('video','audio')}, **p) if len(p) == 4 else None
