@@ -147,10 +147,10 @@ def test_too_slow_and_refused(store, calm, tmp_path):
     write_audio(tmp_path/'long.wav', hum(900))
     (tmp_path/'m.jsonl').write_text('\n'.join(json.dumps(o) for o in (dict(video=str(store/'d.mp4'), audio='long.wav', output='long.mp4', follow='audio'),
         dict(video=str(store/'grey.mp4'), audio='long.wav', output='grey.mp4'), dict(video=str(store/'d.mp4'), audio=str(store/'d.wav'), output='notes/d.mp4'))))
-    p = start(tmp_path/'m.jsonl', '--checkpoint', store/'gen.safetensors', '--workers', 2, '--threads', 1, '--limit', 15, '--reports', tmp_path/'rep', '--json', tmp_path/'s.json')
+    p = start(tmp_path/'m.jsonl', '--checkpoint', store/'gen.safetensors', '--workers', 2, '--threads', 1, '--limit', 30, '--reports', tmp_path/'rep', '--json', tmp_path/'s.json')
     said = finish(p, 1); s = load_json(tmp_path/'s.json')
     assert [(r['status'], r['kind'], r['tries']) for r in s['records']] == [('failed','late',1), ('failed','refused',1), ('done','',1)]
-    assert 'took longer than 15 s' in said and 'no face' in said and s['reasons'] == dict(late=1, refused=1)
+    assert 'took longer than 30 s' in said and 'no face' in said and s['reasons'] == dict(late=1, refused=1)
     assert [n for n in names(tmp_path) if n != '.long.parts'] == ['long.wav', 'm.jsonl', 'notes', 'rep', 's.json'] and films(tmp_path/'notes') == {'d.mp4': calm['d.mp4']}   # the parts that a fast machine has finished by then may be taken up again
     assert names(tmp_path/'rep/notes') == ['d.json']
 
