@@ -97,6 +97,11 @@ def test_nothing_is_made_up_where_little_is_left(run):
     assert said(model, 'validation') == 'The log holds no figures of validation.'
     assert all(said(data, b).startswith('Not recorded') for b in ('collection', 'splits', 'films', 'taken'))
 
+def test_a_run_that_is_not_complete_says_so(run):
+    from lipsync_nb.train.card import make_cards
+    (run/'final.safetensors').unlink(); assert make_cards(run) == []
+    assert 'not complete' in said(run/'MODEL_CARD.md', 'model') and '20 clips of 4 persons' in said(run/'MODEL_CARD.md', 'taken')
+
 def test_a_failed_write_leaves_the_card_as_it_was(run, monkeypatch):
     from lipsync_nb.core import LipSyncError
     from lipsync_nb.train.card import make_cards
