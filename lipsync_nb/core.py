@@ -34,6 +34,7 @@ def mask_box(
     "The smallest pixel rectangle that holds the painted region of a crop"
     return tuple(round(f*size) for f in MASK_BOX)
 
+# %% ../nbs/00_core.ipynb #ff0c4fd2
 def mouth_mask(
     size:int, # Height and width of the crop in pixels
 )->np.ndarray: # (size,size) float32; 1 where the generator paints, else 0

@@ -82,6 +82,7 @@ def check_packages(
     if bad: return 'stop', f'{_told(bad)}: run `pip install ' + ' '.join(f'"{r}"' for r,_ in bad) + '`'
     return 'ok', f'lipsync_nb {__version__}, and all that it requires, in versions that fit'
 
+# %% ../nbs/09_install.ipynb #f5db2ffa
 def check_extras(
     lines=None, # Requirements; those of lipsync_nb if not given
     version=version, # Function: name of a package → its version
@@ -166,6 +167,7 @@ def _existing(p):
     while not p.exists(): p = p.parent
     return p
 
+# %% ../nbs/09_install.ipynb #ac510c36
 LEAST = 1. # GB that must be free
 
 def check_room(
@@ -214,6 +216,7 @@ def check_installation()->list: # Of `Check`
     "Try everything that this library stands on"
     return [tried(k, f) for k,f in CHECKS.items()]
 
+# %% ../nbs/09_install.ipynb #064a278b
 def tell_checks(
     checks:list, # Of `Check`
 )->str:

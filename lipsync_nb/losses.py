@@ -166,6 +166,7 @@ def clip_flow(
     with no_amp(clip): flow = F.interpolate(lk_flow(x, last, cell), x.shape[-2:], mode='bilinear')
     return flow.unflatten(0, (len(clip),-1))
 
+# %% ../nbs/30_losses.ipynb #7985b171
 def follow(
     clip:Tensor, # (b,t,c,h,w)
     flow:Tensor, # (b,t-1,2,h,w)

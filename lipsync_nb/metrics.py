@@ -229,6 +229,7 @@ def lse(v, a, vshift:int=15, pad:bool=True)->LSE:
     least,k = dist.min(0)
     return LSE((dist.median()-least).item(), least.item(), vshift-k.item())
 
+# %% ../nbs/32_metrics.ipynb #d446f16d
 def sync_offset(v, a, vshift:int=15)->int:
     "By how many frames the sound of a clip runs ahead of the picture (negative: behind)"
     return lse(v, a, vshift, pad=False).offset

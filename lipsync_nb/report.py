@@ -39,6 +39,7 @@ def plot(
     c = html.escape(caption)
     return f'<figure><img alt="{c}" src="{_data("image/svg+xml", svg[svg.index("<svg"):].encode())}"><figcaption>{c}</figcaption></figure>'
 
+# %% ../nbs/08_report.ipynb #60e64985
 def clip(
     path, # An MP4 that browsers play
     caption:str='', # Shown below
@@ -72,6 +73,7 @@ def marked(
     "A list of sentences, each with its mark"
     return '<ul class="marks">' + ''.join(f'<li class="{html.escape(m)}"><b>{html.escape(m)}</b> {html.escape(s)}</li>' for m,s in notes) + '</ul>'
 
+# %% ../nbs/08_report.ipynb #2f47b513
 def fold(
     summary:str, # The line that is always seen
     *parts:str, # HTML

@@ -76,6 +76,7 @@ def add(self:FeatureStats,
     mean = x.double().mean(0); δ = x.double()-mean
     return self._join(len(x), mean, δ.T@δ, rng.random(len(x)), x.float())
 
+# %% ../nbs/32b_sets.ipynb #75482c2b
 @patch
 def merge(self:FeatureStats,
     other:FeatureStats, # Left as it is

@@ -116,6 +116,7 @@ def persons(self:Scene)->list: # Of dict(number, frames, first, last, box (x0,y0
             box=tuple(round(float(v)) for v in (x-.42*h, y-.45*h, x+.42*h, y+.7*h)), picture=patch_crop(p, self.marks['fit'][j], 64)))
     return out
 
+# %% ../../nbs/50c_infer.faces.ipynb #ec3732d3
 def say_persons(scene:Scene)->str:
     "Who was found, in words"
     return '; '.join(f"{p['number']} in {p['frames']} frames from {scene.times[p['first']]:.1f} to {scene.times[p['last']]:.1f} s" for p in scene.persons)
@@ -141,6 +142,7 @@ def _fill(x, segments, σ=1.):
         for v in flat[a:b].T if len(at) else (): v[:] = _local_line(np.interp(np.arange(b-a), at, v[at]), np.ones(b-a), σ)
     return x
 
+# %% ../../nbs/50c_infer.faces.ipynb #cdc5ef2a
 def _bridge(why, segments, longest=3):
     "Count a face as seen that is missing for a moment only"
     for a,b in segments:
@@ -191,8 +193,10 @@ def _cast(scene):
             x=float(np.median(m['eyes'][at,0])), height=float(np.median(m['height'][at])), alike=float(scene.alike[m['track'][at]].max())))
     return out
 
+# %% ../../nbs/50c_infer.faces.ipynb #5decee05
 def _steady(cast, share=.5): return [c for c in cast if c['frames'] >= share*max(o['frames'] for o in cast)] # there for most of the shot
 
+# %% ../../nbs/50c_infer.faces.ipynb #65dc260d
 def _person(cast, number, by):
     "A certain person, if there"
     return next(((c,by) for c in cast if c['person'] == number), (None,''))
@@ -224,6 +228,7 @@ def sound_levels(
         except av.error.FFmpegError as e: raise LipSyncError(f'the sound of {path} is damaged ({e.strerror}); copy it again or choose the face by its number') from None
     return 10*np.log10(np.maximum(power[0]/np.maximum(power[1], 1), 1e-12))
 
+# %% ../../nbs/50c_infer.faces.ipynb #6c341842
 def speaks(
     opening:np.ndarray, # (k,) a mouth's opening
     at:np.ndarray, # (k,) seconds at which it was seen

@@ -36,6 +36,7 @@ def _same(path, was, deep):
     except OSError: return False
     return s.st_size == was['size'] and (s.st_mtime_ns == was['mtime_ns'] and not deep or hash_file(path) == was['hash'])
 
+# %% ../../nbs/52_infer.production.ipynb #b4cc328b
 def why_todo(
     job:Job,
     deep:bool=False, # Compare the contents of all files, even where size and time agree

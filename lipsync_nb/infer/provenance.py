@@ -107,6 +107,7 @@ def _has_remains(path):
             tail = b[-20:]
     return False
 
+# %% ../../nbs/50l_infer.provenance.ipynb #c77db3a3
 def _note(path):
     "The comment in a container"
     with _open(path) as c: return next((v for k,v in c.metadata.items() if k.lower() == 'comment'), '')
@@ -150,6 +151,7 @@ def _media_boxes(path):
 def _plain_name(path): # the name under a temporary one
     return re.sub(r'^\.(.+)\.tmp\d+-[0-9a-f]{6}(\.\w+)$', r'\1\2', Path(path).name)
 
+# %% ../../nbs/50l_infer.provenance.ipynb #44253ceb
 def _sign(path, out, source, still, own, model):
     "Sign `path` into `out`, read it again, and return the record"
     b,why = _builder(_claim(_plain_name(out), source is not None, still, model), source, still, _media_boxes(path) == 1)

@@ -152,9 +152,9 @@ def load_state(
     map_location='cpu', # Device for the tensors
 )->dict:
     "Read training state; no code in the file is run"
-    path = Path(path)
+    path,dev = Path(path),torch.device(map_location); dev = 'cpu' if dev.type=='cpu' else dev        # torch knows no `cpu:0`
     if not path.is_file(): raise LipSyncError(f'there is no training state {path}')
-    try: return torch.load(path, map_location=map_location, weights_only=True)
+    try: return torch.load(path, map_location=dev, weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as e:
         raise LipSyncError(f'{path} is no training state, or it is cut short ({type(e).__name__}: {(str(e).splitlines() or [""])[0][:100]}); resume from another checkpoint') from None
 

@@ -146,6 +146,7 @@ def parse_set(
     if bad := [p for p in pairs if '=' not in p]: raise LipSyncError(f'--set {bad[0]}: say name=value, such as full.lr=1e-4')
     return dict(p.split('=', 1) for p in pairs)
 
+# %% ../../nbs/44e_train.config.ipynb #7eeab3b8
 def read_settings(
     path, # A JSON file
 )->dict: # Name → value

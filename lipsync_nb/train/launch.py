@@ -12,6 +12,8 @@ from pathlib import Path
 from ..core import LipSyncError, cli, hash_file
 from ..data.loaders import ClipStore
 from ..models.syncnet import SyncNet
+from .about import note_run, spared
+from .card import lipsync_card
 from .checkpoint import load_model, model_info
 from .config import RUNS, TrainCfg, changed, parse_set, read_settings, scaled
 from .learner import Run
@@ -91,5 +93,9 @@ def lipsync_train(
         if dry_run: return
         log_kw = dict(use_wandb=use_wandb, run_name=run_name)
         net,path = find_expert(cfg, expert, train, valid, out, acc, go_on, allow_weak_expert, **log_kw)
+        if rank() == 0:
+            with spared('what the run starts with was not noted'): note_run(out, data_dir, train, valid, device, path, go_on)
         final = Run(train, valid, out, cfg, net, device, acc, hash_file(path), **log_kw).fit(go_on)
-    if rank() == 0: print(f'{final}: done; {run_report(out)} says how it went')
+    if rank() == 0:
+        print(f'{final}: done; {run_report(out)} says how it went')
+        with spared('the cards were not written'): lipsync_card(out)

@@ -79,6 +79,7 @@ def median(
     s,n = sorted(xs),len(xs)
     return s[n//2] if n%2 else (s[n//2-1]+s[n//2])/2
 
+# %% ../../nbs/42_train.monitor.ipynb #3cd68def
 def spread(
     xs, # Numbers, at least one
 )->tuple[float,float]: # Median and robust standard deviation
@@ -86,6 +87,7 @@ def spread(
     m = median(xs)
     return m, 1.4826*median([abs(x-m) for x in xs])
 
+# %% ../../nbs/42_train.monitor.ipynb #cd1e4ede
 def wobble(
     xs, # Numbers in order, at least two
 )->float:

@@ -154,6 +154,7 @@ def nice_time(
         if seconds >= 2*n: return f'{seconds/n:.1f} {unit}'
     return f'{seconds:.0f} seconds'
 
+# %% ../../nbs/45b_train.plan.ipynb #faca9904
 def plan(
     cfg:TrainCfg,
     train, valid, # `ClipStore`s

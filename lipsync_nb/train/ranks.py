@@ -123,6 +123,7 @@ def reduce_mean(
     def mean(k): have = [(f[k],m) for f,m in all if k in f and m]; return sum(v*m for v,m in have)/sum(m for _,m in have) if have else float('nan')
     return {k: mean(k) for k in names}
 
+# %% ../../nbs/42b_train.ranks.ipynb #fc0bbe2f
 def mean_over(
     x:Tensor, # A measurement, of one shape on all ranks
 )->Tensor: # The same on all ranks, without gradient

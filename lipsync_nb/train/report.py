@@ -27,6 +27,7 @@ def events(
     "What happened, without the notes about samples"
     return [r for r in rows if 'event' in r and not r['event'].startswith('sample: ')]
 
+# %% ../../nbs/42d_train.report.ipynb #2c9a03c8
 def last_mean(
     rows, name,
     stage=None, # One stage only
@@ -60,6 +61,7 @@ def look_progress(rows):
     t,v = last_mean(rows, 'l1', stage),last_mean(rows, 'valid_l1', stage)
     if v>1.5*t: yield 'note',f'The held-out clips are painted worse than those learnt from: valid_l1 is {v:.3g}, l1 is {t:.3g}. More clips or persons help against that, more steps do not.'
 
+# %% ../../nbs/42d_train.report.ipynb #ccc0537d
 def look_leaks(rows):
     "Leak figures at the end"
     for k in [k for k in figure_names(rows) if 'leak' in k]:
@@ -125,6 +127,7 @@ def stage_table(
         o |= {k:last_mean(rows, k, stage) for k in figure_names(rows) if k in ('loss','rate','wait') or k.startswith('valid_') and known(k).better}
     return {k:{stage:o.get(k) for stage,o in out.items()} for k in dict.fromkeys(k for o in out.values() for k in o)}
 
+# %% ../../nbs/42d_train.report.ipynb #1fce9b2b
 def checkpoint_table(
     folder, # A run's folder
 )->dict: # Name → step, tags, size, version

@@ -112,6 +112,7 @@ class TrainStep(nn.Module):
             out = self.gen.smooth(self.gen.paint(frames, self.gen.encode_refs(refs), tokens, c))
             return out.float(), self.gen.shape_head(tokens)[:,c:c+t].float()
 
+# %% ../../nbs/44_train.stages.ipynb #a655b071
 class Listen(nn.Module):
     "Only the ear: mouth shapes from sound, for the stage that paints nothing"
     def __init__(self, gen, amp=nullcontext): # gen: `Generator`; amp: from `precision`

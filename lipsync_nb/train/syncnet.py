@@ -28,6 +28,7 @@ from ..data.batches import StepLoaders, SyncBatches
 from ..data.index import draw, load_index
 from ..data.loaders import Clip, ClipStore
 from ..models.syncnet import SyncNet
+from .about import note_run, spared
 from .checkpoint import CheckpointStore, cfg_diff, model_info, rng_state, save_model, set_rng_state
 from .contrast import NEAR, ContrastLoss, ExpertBatches, ExpertStep, embed_clip, expert_accuracy, held_out, judge_expert
 from .log import RunLog
@@ -284,15 +285,18 @@ def expert_plan(
         f'may teach if it is right in {cfg.gate:.0%} of comparisons, with a loss of {cfg.gate_bce:g} or less'])
 
 # %% ../../nbs/43_train.syncnet.ipynb #7649b8dc
-def _train(train, valid, out, cfg, acc, resume, workers, **log_kw):
+def _train(data_dir, train, valid, out, cfg, acc, resume, workers, **log_kw):
     "Probe, train, and say what came of it"
-    device,clinic = acc.device if acc else pick_device(),import_module('lipsync_nb.train.diagnose')  # by name: it comes later in the book
+    device,clinic,cards = acc.device if acc else pick_device(),*(import_module(f'lipsync_nb.train.{o}') for o in ('diagnose','card'))  # by name: they come later in the book
     if not (resume and CheckpointStore(out/'checkpoints').latest()):
         bad = agree(clinic.probe(train, cfg, device).reason if not rank() else '')
         if bad: raise LipSyncError(bad)
     def explain(run): return str(clinic.diagnose(train, valid, cfg, run.out, device))
+    if not rank():
+        with spared('what the training starts with was not noted'): note_run(out, data_dir, train, valid, device, resume=resume)
     path = fit_expert(train, valid, out, cfg, device, resume, workers, acc, explain, **log_kw)
     if rank(): return
+    with spared('the cards were not written'): cards.lipsync_card(out)
     meta = model_info(path)['meta']
     print(f'{path}: {meta["valid_acc"]:.1%} of held-out windows told from shifted sound (two-way), {meta["valid_many"]:.1%} from 22 of them; loss {meta["valid_bce"]:.3f}, guessing {math.log(2):.3f}')
     check_expert(meta)
@@ -324,4 +328,4 @@ def lipsync_train_sync(
     cfg = fitted(cfg, train, valid, SyncNet.presets[cfg.preset].t, strict=bool(batch_size))
     if not rank(): print(expert_plan(cfg, train, valid))
     if dry_run: return
-    _train(train, valid, out, cfg, acc, resume == 'auto', workers, use_wandb=use_wandb, run_name=run_name)
+    _train(data_dir, train, valid, out, cfg, acc, resume == 'auto', workers, use_wandb=use_wandb, run_name=run_name)
