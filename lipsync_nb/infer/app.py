@@ -6,8 +6,8 @@
 __all__ = ['SCRIPT', 'TEMPLATE', 'WEB', 'NEEDS', 'write_site', 'plain_name', 'room', 'shown_as', 'is_local', 'free_port',
            'make_server', 'lipsync_app']
 
-# %% ../../nbs/52d_infer.app.ipynb #0323c433
-import atexit, json, os, secrets, shutil, signal, socket, sys
+# %% ../../nbs/52d_infer.app.ipynb #8d0787f7
+import atexit, json, os, secrets, shutil, socket, sys
 from functools import lru_cache
 from ipaddress import ip_address
 from mimetypes import guess_type
@@ -15,8 +15,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from ..core import LipSyncError, cli
-from .page import App
-from .page import find_checkpoints
+from .page import App, find_checkpoints
 
 # %% ../../nbs/52d_infer.app.ipynb #675469e4
 SCRIPT = '''
@@ -70,7 +69,7 @@ async function record(button) {
 document.addEventListener('click', e => { const b = e.target.closest?.('.ls-rec'); if (b) record(b); });
 '''
 
-# %% ../../nbs/52d_infer.app.ipynb #fcbe5f01
+# %% ../../nbs/52d_infer.app.ipynb #115ff163
 SCRIPT += '''
 const others = v => [...v.closest('.ls-pair').querySelectorAll('video')].filter(o => o != v);
 const follow = (o, v, slack) => { if (Math.abs(o.currentTime-v.currentTime) > slack && v.currentTime < o.duration) o.currentTime = v.currentTime; };
@@ -84,17 +83,24 @@ for (const k of ['play', 'pause', 'seeking', 'ratechange', 'timeupdate']) docume
     if (k == 'timeupdate' && v.muted === false && !v.paused && !o.seeking) follow(o, v, .15);
   }
 }, true);
+const lost = setInterval(async () => {
+  const page = document.querySelector('.ls-page'), id = JSON.parse(document.getElementById('jupyter-config-data')?.textContent || '{}').kernelId;
+  if (!page || !id) return;
+  try { if ((await fetch(`/api/kernels/${id}`)).ok) return; } catch (e) {}
+  clearInterval(lost);
+  page.insertAdjacentHTML('afterbegin', '<p class="ls-say stop ls-lost" role="alert">The program behind this page has ended, perhaps for want of memory. Start it again if its window is gone, and load this page anew.</p>');
+}, 4000);
 document.addEventListener('error', e => { const n = e.target.parentNode?.querySelector?.('.ls-cannot'); if (n) { n.classList.add('ls-on'); e.target.style.display = 'none'; } }, true);
 })();
 '''
 
-# %% ../../nbs/52d_infer.app.ipynb #ac7886ec
+# %% ../../nbs/52d_infer.app.ipynb #34ef97f3
 TEMPLATE = '''{%- extends 'voila/templates/lab/index.html.j2' -%}
 {%- block notebook_css -%}
 {%- import "spinner.macro.html.j2" as spinner -%}
 {{ resources.include_js("static/voila-style.js") }}{{ spinner.css() }}
 <style>
-.jp-mod-noOutputs.jp-mod-noInput{display:none} body.jp-Notebook{background:#f6f8fb!important;padding:0;overflow:auto} .jp-OutputArea-output,.jp-OutputArea-child,.jp-Cell,.jp-Cell-outputWrapper{overflow:visible!important;padding:0!important;background:none!important}
+.jp-mod-noOutputs.jp-mod-noInput{display:none} body.jp-Notebook,body.jp-Notebook main,body.jp-Notebook #rendered_cells{background:#f6f8fb!important;padding:0;overflow:auto} .jp-OutputArea-output,.jp-OutputArea-child,.jp-Cell,.jp-Cell-outputWrapper{overflow:visible!important;padding:0!important;background:none!important}
 .jp-OutputPrompt,.jp-OutputArea-prompt{display:none!important} #loading .spinner-container{width:4rem} #loading_text{font-size:0} #loading_text:after{content:'Starting …';font-size:1.1rem;font-weight:400}
 </style>
 {{ super.super() }}
@@ -134,7 +140,7 @@ def room(
     free = shutil.disk_usage(folder).free
     return '' if 2*n < free else f'The disk has room for {free/1e9:.1f} GB, too little for this file and work on it; make room, or choose a smaller file.'
 
-# %% ../../nbs/52d_infer.app.ipynb #29b7bfd9
+# %% ../../nbs/52d_infer.app.ipynb #4b0ca566
 @lru_cache(1)
 def _handlers():
     "What is added to voila's server; made when voila is known to be there"
@@ -163,17 +169,21 @@ def _handlers():
         def _drop(self):
             if self.file: self.file.close(); self.file = None; shutil.rmtree(self.path.parent, ignore_errors=True)
 
-    return Upload,_given_out(StaticFileHandler)
+    return Upload,_given_out(StaticFileHandler, HTTPError)
 
-# %% ../../nbs/52d_infer.app.ipynb #2e5614d5
+# %% ../../nbs/52d_infer.app.ipynb #2d9a738a
 def shown_as(name:str)->str: # A file's name
     "The kind that a file is given out as"
     kind = guess_type(name)[0] or ''
     return kind if kind.partition('/')[0] in ('video','audio','image') and 'svg' not in kind or kind == 'application/json' else 'application/octet-stream'
 
-def _given_out(base):
+def _given_out(base, error):
     class File(base):
-        "Gives out files of sessions"
+        "Gives out files of sessions; a link to a chosen file is one of them"
+        def validate_absolute_path(self, root, path):
+            if not Path(path).is_relative_to(root) or not Path(path).is_file(): raise error(404)
+            return path
+        def compute_etag(self): return None                              # it would read the whole film
         def get_content_type(self): return shown_as(self.absolute_path)
         def set_extra_headers(self, path):
             for k,v in {'X-Content-Type-Options':'nosniff', 'Content-Security-Policy':'sandbox', 'Cache-Control':'no-store'}.items(): self.set_header(k, v)
@@ -197,7 +207,7 @@ def free_port(
     except OverflowError: raise LipSyncError(f'port {port} does not exist; give --port a number from 1024 to 65535') from None
     except OSError as e: raise LipSyncError(f'cannot listen on {ip}, port {port} ({e.strerror}); another program may use it: give another --port' + ('' if is_local(ip) else ', or another --ip')) from None
 
-# %% ../../nbs/52d_infer.app.ipynb #261ebe83
+# %% ../../nbs/52d_infer.app.ipynb #3de37e9a
 WEB = '/app/' # How addresses of what is added begin
 NEEDS = 'the app needs voila, which is not installed; get it with `pip install "lipsync_nb[app]"`'
 
@@ -207,22 +217,26 @@ def make_server(
     ip:str='127.0.0.1', # Where to listen
     port:int=8866,
     browser:bool=True, # Open a browser?
+    ready=None, # Called when it listens
 ): # A `Voila`; `start()` serves until it is interrupted
     "Voila, with what is added"
-    try: from voila.app import Voila
+    try:
+        from tornado.ioloop import IOLoop
+        from voila.app import Voila
     except ImportError: raise LipSyncError(NEEDS) from None
     Upload,File = _handlers()
     class Server(Voila):
-        def init_settings(self): return super().init_settings() | dict(allow_remote_access=not is_local(ip), local_hostnames=['localhost'])
+        def init_settings(self): return super().init_settings() | dict(allow_remote_access=not is_local(ip), local_hostnames=['localhost'], ws_ping_timeout=30_000)
+        def listen(self): ready and IOLoop.current().add_callback(ready); super().listen()
         def init_handlers(self): return [(f'{WEB}put/([0-9a-f]+)', Upload, dict(root=folder)), (f'{WEB}file/([0-9a-f]{{24}}/.+)', File, dict(path=str(folder)))] + super().init_handlers()
     os.environ['JUPYTER_PATH'] = os.pathsep.join(filter(None, (str(Path(notebook).parent), os.environ.get('JUPYTER_PATH'))))
     s = Server(notebook_path=str(notebook), ip=ip, port=port, port_retries=0, open_browser=browser, log_level=40, config_file_paths=[])
-    s.update_config(type(s.config)(MappingKernelManager=dict(cull_idle_timeout=3600, cull_interval=300),
+    s.update_config(type(s.config)(MappingKernelManager=dict(cull_idle_timeout=3600, cull_interval=300), KernelRestarter=dict(restart_limit=0),
         VoilaConfiguration=dict(template='lipsync', theme='light', allow_template_override='NO', allow_theme_override='NO', file_allowlist=[])))
     s.initialize([])
     return s
 
-# %% ../../nbs/52d_infer.app.ipynb #4d7caca0
+# %% ../../nbs/52d_infer.app.ipynb #00e1f90d
 @cli
 def lipsync_app(
     checkpoint:Path=None, # A trained generator (.safetensors), or a folder with some to choose from
@@ -239,7 +253,7 @@ def lipsync_app(
     try: place.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise LipSyncError(f'cannot write {place}: {e.strerror}; choose a folder that can be written') from None
     nb = write_site(site, checkpoint=checkpoint and str(Path(checkpoint).resolve()), folder=str(place), temp=folder is None, web=WEB, paths=is_local(ip), device=device)
-    server = make_server(nb, place, ip, port, not no_browser)
-    if not is_local(ip): print(f'Whoever can reach this computer can use the page, see what is uploaded in it only with its secret address, and keep the machine busy; use it in networks that you trust (without --ip only you can reach it)')
-    print(f'The page is at http://{ip}:{port} ; Ctrl-C ends it' + (f', results stay in {place}' if folder else ', and with it the results that were not downloaded'), flush=True)
+    hello = f'The page is at http://{ip}:{port} ; Ctrl-C ends it' + (f', results stay in {place}' if folder else ', and with it the results that were not downloaded')
+    server = make_server(nb, place, ip, port, not no_browser, lambda: print(hello, flush=True))
+    if not is_local(ip): print('Whoever can reach this computer can open a page of their own and keep the machine busy; do this only in a network that you trust, or leave out --ip.')
     server.start()

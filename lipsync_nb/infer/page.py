@@ -35,7 +35,7 @@ def find_checkpoints(
     if not found: raise LipSyncError(f'{place} holds no checkpoint (*.safetensors); give another folder')
     return {p.relative_to(place).as_posix(): p for p in found}
 
-# %% ../../nbs/52c_infer.page.ipynb #879d6681
+# %% ../../nbs/52c_infer.page.ipynb #ae07310d
 class App:
     "A page to dub on; `box` is what it shows"
     def __init__(self,
@@ -57,6 +57,16 @@ class App:
 
     def close(self): shutil.rmtree(self.own or (self.home if self.temp or not self.result else self.home/'up'), ignore_errors=True) # Remove what nobody keeps
     def _ipython_display_(self): display(self.box)
+    def wait(self): self.work.wait(); return self # Until all that was asked for is done; for those who press the buttons from Python
+
+    def say(self,
+        mark:str, # 'ok', 'note' or 'stop'
+        sentence:str,
+    ):
+        "Say something on the page; folders of this session are left out"
+        for p in sorted((self.home/'up').glob('*'), reverse=True): sentence = sentence.replace(f'{p}/', '')
+        self.said = mark,sentence.replace(f'{self.home}/', '')
+        self.message.value = f'<p class="ls-say {mark}" role="{"alert" if mark == "stop" else "status"}">{html.escape(self.said[1])}</p>'
 
 # %% ../../nbs/52c_infer.page.ipynb #34f4f403
 def _button(text, *classes):
@@ -81,7 +91,7 @@ def _build(self:App):
     for w,c in ((self.strip,'ls-strip'), (self.inbox,'ls-inbox'), (self.faces,'ls-hide'), (self.done,'ls-hide')): w.add_class(c)
     self._wire(); self._lay_out()
 
-# %% ../../nbs/52c_infer.page.ipynb #d3a1ec7c
+# %% ../../nbs/52c_infer.page.ipynb #6d3d3377
 @patch
 def _wire(self:App):
     "What happens when something is clicked, typed or uploaded"
@@ -94,33 +104,16 @@ def _wire(self:App):
 def _lay_out(self:App):
     "Put the widgets in their places"
     row,two,sheet = W.HBox([self.go, self.stop]),W.Box([c.box for c in self.cards.values()]),W.Accordion([W.VBox(list(self.options.values()))], titles=('Options',), selected_index=None)
-    head = W.HTML(f'<style>{CSS}</style><h1>Make a face speak</h1><p class="ls-dim">A face and a voice in; the same film, speaking with that voice, out.</p>')
+    head = W.HTML(f'<style>{CSS}</style><h1>Make a face speak</h1><p class="ls-dim ls-head">A face and a voice in; the same film, speaking with that voice, out.</p>')
     self.box = W.VBox([head, two, self.faces, _card('How', self.generator, sheet), row, self.progress, self.message, self.done, self.inbox])
     for w,c in ((self.box,'ls-page'), (two,'ls-two'), (row,'ls-row')): w.add_class(c)
-
-# %% ../../nbs/52c_infer.page.ipynb #e1ec6903
-@patch
-def say(self:App,
-    mark:str, # 'ok', 'note' or 'stop'
-    sentence:str,
-):
-    "Say something on the page; folders of this session are left out"
-    for p in sorted((self.home/'up').glob('*'), reverse=True): sentence = sentence.replace(f'{p}/', '')
-    self.said = mark,sentence.replace(f'{self.home}/', '')
-    self.message.value = f'<p class="ls-say {mark}" role="{"alert" if mark == "stop" else "status"}">{html.escape(self.said[1])}</p>'
 
 @patch
 def _show_progress(self:App, at):
     self.progress.value = say_progress(at)
     (self.stop.remove_class if at else self.stop.add_class)('ls-hide'); self.go.disabled = at is not None
 
-@patch
-def wait(self:App): # For those who drive the page from Python
-    "Until everything that was asked for is done"
-    self.work.wait()
-    return self
-
-# %% ../../nbs/52c_infer.page.ipynb #910d8823
+# %% ../../nbs/52c_infer.page.ipynb #045aeb6c
 @patch
 def choose(self:App,
     slot:str, # 'video' or 'audio'
@@ -132,8 +125,8 @@ def choose(self:App,
     if slot == 'video': self.work.cancel(); self.scene = None; self._show_faces()
     try: about = self._about(slot, path)
     except LipSyncError as e: return self.say('stop', str(e))
-    setattr(self, slot, path)
-    self.cards[slot].chosen.value = player(path, address(self._within(path), self.home, self.web), about)
+    setattr(self, slot, path); self.cards[slot].path.value = ''
+    self.cards[slot].chosen.value = player(path, address(self._within(path), self.home, self.web), about, heard=slot == 'audio')
     if slot == 'video': self.work(self._scout, path)
 
 @patch

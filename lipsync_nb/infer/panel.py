@@ -68,15 +68,14 @@ def _loop(self:Worker):
             if self.jobs.empty(): self.stage = ''; self.show(None)
             self.jobs.task_done()
 
-# %% ../../nbs/52b_infer.panel.ipynb #2d7c78e8
+# %% ../../nbs/52b_infer.panel.ipynb #be39e395
 def say_size(n:int)->str: # Bytes
     "A size in words"
     return f'{n} bytes' if n < 1000 else next(f'{n/k:.{n < 10*k:d}f} {u}' for k,u in ((1e9,'GB'), (1e6,'MB'), (1e3,'kB')) if n >= k)
 
 def say_time(s:float)->str: # Seconds
     "A time in words"
-    s = round(s)
-    return f'{s} s' if s < 100 else f'{round(s/60)} min' if s < 6000 else f'{s/3600:.1f} h'
+    return f'{s:.2g} s' if s < 99 else f'{round(s/60)} min' if s < 6000 else f'{s/3600:.1f} h'
 
 def say_progress(
     at, # `(stage, part done, seconds left)` as `Worker` tells it, or `None`
@@ -84,10 +83,10 @@ def say_progress(
     "A bar, and a line that says what is done and how long it will take"
     if at is None: return ''
     stage,part,left = at
-    line = html.escape(stage) + (f' · {part:.0%}' if part is not None else ' …') + (f' · about {say_time(left)} left' if left is not None and part < 1 else '')
+    line = html.escape(stage) + (f' · {part:.0%}' if part is not None else ' …') + (f' · about {say_time(max(1, round(left)))} left' if left is not None and part < 1 else '')
     return f'<div class="ls-bar"><i{"" if part is None else f" style=width:{part:.1%}"} class="{"ls-busy" if part is None else ""}"></i></div><p role="status">{line}</p>'
 
-# %% ../../nbs/52b_infer.panel.ipynb #3a94d1b5
+# %% ../../nbs/52b_infer.panel.ipynb #7e08d924
 INLINE = 8_000_000 # Bytes of a file that may be put into the page itself
 
 def address(
@@ -106,9 +105,10 @@ def player(
     src:str, # Its address
     caption:str='', # Shown above
     muted:bool=False, # Without sound?
+    heard:bool=False, # Only its sound?
 )->str: # HTML
     "Show a file, or say why it cannot be shown"
-    name,kind,cap = html.escape(Path(path).name),(guess_type(Path(path).name)[0] or 'video').partition('/')[0],html.escape(caption)
+    name,kind,cap = html.escape(Path(path).name),'audio' if heard else (guess_type(Path(path).name)[0] or 'video').partition('/')[0],html.escape(caption)
     if not src: body = f'<p class="ls-cannot ls-on">{name} is too large to be shown here; open it from its folder.</p>'
     elif kind == 'image': body = f'<img src="{html.escape(src)}" alt="{name}">'
     else: body = f'<{"audio" if kind == "audio" else "video"} src="{html.escape(src)}" controls playsinline preload="metadata"{" muted" if muted else ""} aria-label="{name}"></{"audio" if kind == "audio" else "video"}>' \
@@ -141,7 +141,7 @@ def say_mark(
     if mark['kind'] != 'c2pa': return [f"A note in the file says that a machine made it; it is not signed, because {mark['why']}."]
     return [o.strip() for o in tell_mark(check_mark(path) | dict(path=Path(path).name))]
 
-# %% ../../nbs/52b_infer.panel.ipynb #418c5667
+# %% ../../nbs/52b_infer.panel.ipynb #5e3f6ebd
 CSS = '''
 .ls-page{max-width:68rem;margin:0 auto;padding:1.5rem 1rem 4rem;font:15px/1.5 system-ui,sans-serif;color:#1c2430;overflow:visible}
 .ls-page .widget-html-content,.ls-page .jupyter-widgets{font:inherit;color:inherit;overflow:visible;height:auto}
@@ -151,7 +151,7 @@ CSS = '''
 .ls-two>.ls-card{margin:0;align-self:stretch} .ls-two{margin-bottom:1rem}
 .ls-page .widget-html{width:100%;margin:0} .ls-page .widget-text{width:100%;margin:.4rem 0 0}
 .ls-page .widget-label{width:auto!important;min-width:8.5rem;color:#5d6878}
-.ls-page input[type=text],.ls-page select{font:inherit;height:2.2rem;border:1px solid #c5cdd9!important;border-radius:8px;padding:0 .6rem;background:#fff;color:inherit}
+.ls-page input[type=text],.ls-page select{font:inherit;height:2.2rem;border:1px solid #c5cdd9!important;border-radius:8px;padding:0 .6rem;background-color:#fff;color:inherit}
 .ls-page button.jupyter-button{font:inherit;height:2.4rem;line-height:1;border-radius:8px;border:1px solid #c5cdd9;background:#fff;color:#1c2430;padding:0 1.1rem;width:auto;box-shadow:none}
 .ls-page button.jupyter-button:hover{background:#f1f4f9} .ls-page button.ls-go{background:#1f6feb;border-color:#1f6feb;color:#fff;font-weight:600;padding:0 1.8rem}
 .ls-page button.ls-go:hover{background:#1860d0} .ls-page button:disabled{opacity:.5} .ls-page :focus-visible{outline:2px solid #1f6feb;outline-offset:2px}
@@ -161,10 +161,10 @@ CSS = '''
 .ls-inbox,.ls-cannot,.ls-hide{display:none!important} .ls-cannot.ls-on{display:block!important;color:#5d6878}
 '''
 
-# %% ../../nbs/52b_infer.panel.ipynb #6aeea5b0
+# %% ../../nbs/52b_infer.panel.ipynb #2a7163bb
 CSS += '''
 .ls-note:empty{display:none} .ls-note{color:#5d6878} .ls-note.ls-bad{color:#b42318}
-.ls-rec{font:inherit;border:0;background:none;color:#1f6feb;cursor:pointer;padding:.4rem 0} .ls-rec.ls-on{color:#b42318;font-weight:600}
+.ls-rec{font:inherit;font-size:.9rem;font-weight:400;border:0;background:none;color:#1f6feb;cursor:pointer;padding:0;float:right} .ls-rec.ls-on{color:#b42318;font-weight:600}
 .ls-page figure{margin:.6rem 0 0} .ls-page figcaption{font-size:.85rem;color:#5d6878;margin-bottom:.3rem}
 .ls-page video,.ls-page figure img{width:100%;max-height:26rem;border-radius:8px;background:#10151d;display:block;object-fit:contain} .ls-page audio{width:100%;display:block}
 .ls-chosen video,.ls-chosen figure img{max-height:13rem}
@@ -178,25 +178,27 @@ CSS += '''
 .ls-bar i.ls-busy{width:30%;animation:ls-go 1.4s infinite ease-in-out} @keyframes ls-go{from{margin-left:-30%}to{margin-left:100%}}
 .ls-say{border-left:4px solid #c5cdd9;background:#f1f4f9;padding:.6rem .9rem;border-radius:6px;margin:0 0 1rem!important;overflow-wrap:anywhere}
 .ls-say.stop{border-color:#d92d20;background:#fef3f2} .ls-say.ok{border-color:#12924f;background:#effaf4}
-.ls-page dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;margin:.4rem 0} .ls-page dt{color:#5d6878} .ls-page dd{margin:0;overflow-wrap:anywhere}
+.ls-page dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1.2rem;margin:1rem 0 .6rem} .ls-page dt{color:#5d6878;font-weight:400} .ls-page dd{margin:0;overflow-wrap:anywhere}
 .ls-page ul{margin:.3rem 0;padding-left:1.1rem} .ls-page li{overflow-wrap:anywhere} .ls-get{display:flex;flex-wrap:wrap;gap:.6rem;margin:.8rem 0 0}
 .ls-get a{border:1px solid #1f6feb;color:#1f6feb;border-radius:8px;padding:.45rem 1rem;text-decoration:none} .ls-get a:first-child{background:#1f6feb;color:#fff;font-weight:600}
 .ls-row{align-items:center;gap:.6rem;overflow:visible;margin-bottom:.6rem}
 .ls-page .widget-slider,.ls-page .widget-dropdown{width:100%;margin:.2rem 0} .ls-page .widget-checkbox{width:100%;margin:.1rem 0}
-.ls-page details summary{cursor:pointer}
+.ls-page details summary{cursor:pointer;color:#1f6feb} .ls-head{margin:.2rem 0 1rem!important}
+.ls-page .jupyter-widget-Collapse,.ls-page .jupyter-widget-Collapse-contents,.ls-page .jupyter-widget-Collapse-header{border:0!important;background:none!important;padding:0;margin:0;box-shadow:none}
+.ls-page .jupyter-widget-Collapse-header{padding:.5rem 0 .3rem;color:#1f6feb;font-weight:400;cursor:pointer} .ls-page .jupyter-widget-Collapse-contents{padding:.2rem 0}
+.ls-page .jupyter-widget-Accordion{margin:0;width:100%} .ls-page .ls-strip{margin-top:.2rem;padding:3px}
 '''
 
-# %% ../../nbs/52b_infer.panel.ipynb #15c98ef7
+# %% ../../nbs/52b_infer.panel.ipynb #41ec46a2
 ASK = dict(video=('Face', 'Choose a film or a picture', 'video/*,image/*,.mkv'), audio=('Voice', 'Choose a sound, or a film with sound', 'audio/*,video/*,.mkv'))
 
 def drop_zone(
     slot:str, # 'video' or 'audio'
     to:str, # Address to upload to
 )->str: # HTML
-    "Where a file is dropped, or chosen, or recorded"
-    title,ask,kinds = ASK[slot]
-    record = f'<button type="button" class="ls-rec" data-slot="{slot}">● Record with the microphone</button>' if slot == 'audio' else ''
-    return f'<label class="ls-drop" data-slot="{slot}" data-to="{html.escape(to)}"><input type="file" accept="{kinds}" aria-label="{ask}"><b>{ask}</b><br><span class="ls-dim">or drop it here</span></label>{record}<p class="ls-note" role="status"></p>'
+    "Where a file is dropped, or chosen"
+    _,ask,kinds = ASK[slot]
+    return f'<label class="ls-drop" data-slot="{slot}" data-to="{html.escape(to)}"><input type="file" accept="{kinds}" aria-label="{ask}"><b>{ask}</b><br><span class="ls-dim">or drop it here</span></label><p class="ls-note" role="status"></p>'
 
 def input_card(
     slot:str, # 'video' or 'audio'
@@ -206,7 +208,8 @@ def input_card(
     "One of the two inputs"
     path,chosen = W.Text(placeholder='path of a file on this computer, then Enter', continuous_update=False),W.HTML()
     path.add_class('ls-path'); chosen.add_class('ls-chosen')
-    parts = [W.HTML(f'<h2>{ASK[slot][0]}</h2>' + (drop_zone(slot, to) if to else ''))] + [path]*paths + [chosen]
+    record = '<button type="button" class="ls-rec" data-slot="audio">● Record</button>' if to and slot == 'audio' else ''
+    parts = [W.HTML(f'<h2>{ASK[slot][0]}{record}</h2>' + (drop_zone(slot, to) if to else ''))] + [path]*paths + [chosen]
     box = W.VBox(parts); box.add_class('ls-card')
     return SimpleNamespace(box=box, path=path, chosen=chosen)
 
