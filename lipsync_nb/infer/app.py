@@ -6,7 +6,7 @@
 __all__ = ['SCRIPT', 'TEMPLATE', 'WEB', 'NEEDS', 'write_site', 'plain_name', 'room', 'shown_as', 'is_local', 'free_port',
            'make_server', 'lipsync_app']
 
-# %% ../../nbs/52d_infer.app.ipynb #8d0787f7
+# %% ../../nbs/52d_infer.app.ipynb #ceb2f8ba
 import atexit, json, os, secrets, shutil, socket, sys
 from functools import lru_cache
 from ipaddress import ip_address
@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from ..core import LipSyncError, cli
-from .page import App, find_checkpoints
+from .panel import find_checkpoints
 
 # %% ../../nbs/52d_infer.app.ipynb #675469e4
 SCRIPT = '''
@@ -94,7 +94,7 @@ document.addEventListener('error', e => { const n = e.target.parentNode?.querySe
 })();
 '''
 
-# %% ../../nbs/52d_infer.app.ipynb #34ef97f3
+# %% ../../nbs/52d_infer.app.ipynb #d90baa7e
 TEMPLATE = '''{%- extends 'voila/templates/lab/index.html.j2' -%}
 {%- block notebook_css -%}
 {%- import "spinner.macro.html.j2" as spinner -%}
@@ -108,6 +108,7 @@ TEMPLATE = '''{%- extends 'voila/templates/lab/index.html.j2' -%}
 {%- endblock -%}
 '''
 
+# %% ../../nbs/52d_infer.app.ipynb #8e8670fa
 def write_site(
     site, # An empty folder
     **app # Passed to `App`
@@ -118,11 +119,11 @@ def write_site(
         'voila/templates/lipsync/index.html.j2': TEMPLATE.replace('@SCRIPT@', SCRIPT),
         'kernels/lipsync/kernel.json': json.dumps(dict(argv=[sys.executable, '-m', 'ipykernel_launcher', '--IPKernelApp.log_level=40', '-f', '{connection_file}'], display_name='lipsync', language='python')),
         'lipsync.ipynb': json.dumps(dict(nbformat=4, nbformat_minor=5, metadata=dict(title='Make a face speak', kernelspec=dict(name='lipsync', display_name='lipsync', language='python')),
-            cells=[dict(cell_type='code', id='app', metadata={}, execution_count=None, outputs=[], source=f'from lipsync_nb.infer.app import App\nApp(**{app!r})')]))}
+            cells=[dict(cell_type='code', id='app', metadata={}, execution_count=None, outputs=[], source=f'from lipsync_nb.infer.page import App\nApp(**{app!r})')]))}
     for k,s in files.items(): (site/k).parent.mkdir(parents=True, exist_ok=True); (site/k).write_text(s, encoding='utf-8')
     return site/'lipsync.ipynb'
 
-# %% ../../nbs/52d_infer.app.ipynb #1cdf12c1
+# %% ../../nbs/52d_infer.app.ipynb #bbb3b812
 def plain_name(
     name:str, # What a browser calls a file
 )->str:
@@ -132,6 +133,7 @@ def plain_name(
     while len(name.encode()) > 200: stem = stem[:-1]; name = stem+dot+end if stem else end[:40]
     return name
 
+# %% ../../nbs/52d_infer.app.ipynb #7c0a2534
 def room(
     folder, # Where to write
     n:int, # Bytes
@@ -171,12 +173,13 @@ def _handlers():
 
     return Upload,_given_out(StaticFileHandler, HTTPError)
 
-# %% ../../nbs/52d_infer.app.ipynb #2d9a738a
+# %% ../../nbs/52d_infer.app.ipynb #fdc77943
 def shown_as(name:str)->str: # A file's name
     "The kind that a file is given out as"
     kind = guess_type(name)[0] or ''
     return kind if kind.partition('/')[0] in ('video','audio','image') and 'svg' not in kind or kind == 'application/json' else 'application/octet-stream'
 
+# %% ../../nbs/52d_infer.app.ipynb #a3e70cff
 def _given_out(base, error):
     class File(base):
         "Gives out files of sessions; a link to a chosen file is one of them"
@@ -189,12 +192,13 @@ def _given_out(base, error):
             for k,v in {'X-Content-Type-Options':'nosniff', 'Content-Security-Policy':'sandbox', 'Cache-Control':'no-store'}.items(): self.set_header(k, v)
     return File
 
-# %% ../../nbs/52d_infer.app.ipynb #15e57365
+# %% ../../nbs/52d_infer.app.ipynb #194e330c
 def is_local(ip:str)->bool: # An address, or a name
     "Is this an address that only this computer can reach?"
     try: return ip == 'localhost' or ip_address(ip).is_loopback
     except ValueError: return False
 
+# %% ../../nbs/52d_infer.app.ipynb #0f73af2f
 def free_port(
     ip:str, # Where to listen
     port:int, # 0 = any that is free
@@ -207,10 +211,14 @@ def free_port(
     except OverflowError: raise LipSyncError(f'port {port} does not exist; give --port a number from 1024 to 65535') from None
     except OSError as e: raise LipSyncError(f'cannot listen on {ip}, port {port} ({e.strerror}); another program may use it: give another --port' + ('' if is_local(ip) else ', or another --ip')) from None
 
-# %% ../../nbs/52d_infer.app.ipynb #3de37e9a
+# %% ../../nbs/52d_infer.app.ipynb #a9d00b8e
 WEB = '/app/' # How addresses of what is added begin
 NEEDS = 'the app needs voila, which is not installed; get it with `pip install "lipsync_nb[app]"`'
 
+# %% ../../nbs/52d_infer.app.ipynb #229dd2a2
+def _give_token(page, notebook, cwd): page.xsrf_token # sets a cookie, without which voila does not believe a page that it is being closed
+
+# %% ../../nbs/52d_infer.app.ipynb #19731b92
 def make_server(
     notebook, # From `write_site`
     folder, # That of all sessions
@@ -232,7 +240,7 @@ def make_server(
     os.environ['JUPYTER_PATH'] = os.pathsep.join(filter(None, (str(Path(notebook).parent), os.environ.get('JUPYTER_PATH'))))
     s = Server(notebook_path=str(notebook), ip=ip, port=port, port_retries=0, open_browser=browser, log_level=40, config_file_paths=[])
     s.update_config(type(s.config)(MappingKernelManager=dict(cull_idle_timeout=3600, cull_interval=300), KernelRestarter=dict(restart_limit=0),
-        VoilaConfiguration=dict(template='lipsync', theme='light', allow_template_override='NO', allow_theme_override='NO', file_allowlist=[])))
+        VoilaConfiguration=dict(template='lipsync', theme='light', allow_template_override='NO', allow_theme_override='NO', file_allowlist=[], prelaunch_hook=_give_token)))
     s.initialize([])
     return s
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['INLINE', 'CSS', 'ASK', 'Cancelled', 'Worker', 'say_size', 'say_time', 'say_progress', 'address', 'player', 'facts',
-           'say_facts', 'say_mark', 'drop_zone', 'input_card', 'option_widgets']
+           'say_facts', 'say_mark', 'drop_zone', 'input_card', 'option_widgets', 'find_checkpoints']
 
-# %% ../../nbs/52b_infer.panel.ipynb #4dd4d2fd
+# %% ../../nbs/52b_infer.panel.ipynb #a865fc32
 import html, sys, time, traceback
 from base64 import b64encode
 from mimetypes import guess_type
@@ -20,12 +20,12 @@ import ipywidgets as W
 from fastcore.basics import patch
 
 from ..core import LipSyncError, listen_in
-from .provenance import check_mark, tell_mark
 
-# %% ../../nbs/52b_infer.panel.ipynb #aada6636
+# %% ../../nbs/52b_infer.panel.ipynb #609f6faa
 class Cancelled(Exception):
     "Somebody has changed their mind"
 
+# %% ../../nbs/52b_infer.panel.ipynb #1d289c08
 class Worker:
     "Does one job after another in a thread of its own"
     def __init__(self,
@@ -40,7 +40,7 @@ class Worker:
     def cancel(self): self.round += 1                                      # End what runs, and forget what waits
     def wait(self): self.jobs.join()                                       # Until everything is done
 
-# %% ../../nbs/52b_infer.panel.ipynb #4daa6a8a
+# %% ../../nbs/52b_infer.panel.ipynb #4cd88f7e
 @patch
 def hear(self:Worker, stage, done=0, total=None):
     "Pass on how far the work is, five times a second at most"
@@ -52,6 +52,7 @@ def hear(self:Worker, stage, done=0, total=None):
     left = (now-self.since)*(1-part)/part if part and now-self.since > 1 else None
     self.show((stage, part, left))
 
+# %% ../../nbs/52b_infer.panel.ipynb #6d1178b6
 @patch
 def _loop(self:Worker):
     while True:
@@ -68,27 +69,30 @@ def _loop(self:Worker):
             if self.jobs.empty(): self.stage = ''; self.show(None)
             self.jobs.task_done()
 
-# %% ../../nbs/52b_infer.panel.ipynb #be39e395
+# %% ../../nbs/52b_infer.panel.ipynb #d1b76509
 def say_size(n:int)->str: # Bytes
     "A size in words"
     return f'{n} bytes' if n < 1000 else next(f'{n/k:.{n < 10*k:d}f} {u}' for k,u in ((1e9,'GB'), (1e6,'MB'), (1e3,'kB')) if n >= k)
 
+# %% ../../nbs/52b_infer.panel.ipynb #400b848c
 def say_time(s:float)->str: # Seconds
     "A time in words"
     return f'{s:.2g} s' if s < 99 else f'{round(s/60)} min' if s < 6000 else f'{s/3600:.1f} h'
 
+# %% ../../nbs/52b_infer.panel.ipynb #c6de5425
 def say_progress(
     at, # `(stage, part done, seconds left)` as `Worker` tells it, or `None`
 )->str: # HTML
     "A bar, and a line that says what is done and how long it will take"
     if at is None: return ''
     stage,part,left = at
-    line = html.escape(stage) + (f' · {part:.0%}' if part is not None else ' …') + (f' · about {say_time(max(1, round(left)))} left' if left is not None and part < 1 else '')
+    line = html.escape(stage) + (f' · {part:.0%}' if part is not None else ' …') + (f' · about {say_time(max(1, round(left)))} left' if left is not None and part < 1 else ' · finishing …' if part == 1 else '')
     return f'<div class="ls-bar"><i{"" if part is None else f" style=width:{part:.1%}"} class="{"ls-busy" if part is None else ""}"></i></div><p role="status">{line}</p>'
 
-# %% ../../nbs/52b_infer.panel.ipynb #7e08d924
+# %% ../../nbs/52b_infer.panel.ipynb #332df862
 INLINE = 8_000_000 # Bytes of a file that may be put into the page itself
 
+# %% ../../nbs/52b_infer.panel.ipynb #f30efbe5
 def address(
     path, # A file
     home, # The session's folder
@@ -100,6 +104,7 @@ def address(
     if path.stat().st_size > INLINE: return ''
     return f"data:{guess_type(path.name)[0] or 'application/octet-stream'};base64,{b64encode(path.read_bytes()).decode()}"
 
+# %% ../../nbs/52b_infer.panel.ipynb #839d68b7
 def player(
     path, # A film, a picture or a sound
     src:str, # Its address
@@ -115,7 +120,7 @@ def player(
         '<p class="ls-cannot">This browser cannot play this kind of file. It can be dubbed all the same.</p>'
     return f'<figure>{f"<figcaption>{cap}</figcaption>" if cap else ""}{body}</figure>'
 
-# %% ../../nbs/52b_infer.panel.ipynb #d3f1e54c
+# %% ../../nbs/52b_infer.panel.ipynb #c70ec7ac
 def facts(
     rep:dict, # From `LipSync.dub`
 )->list: # Of (name, value)
@@ -128,10 +133,12 @@ def facts(
     yield 'took', f"{say_time(rep['seconds']['total'])}, {rep['fps']:.3g} frames a second"
     yield 'generator', rep['generator']
 
+# %% ../../nbs/52b_infer.panel.ipynb #cee3aded
 def say_facts(pairs)->str: # HTML
     "Names and values below each other"
     return '<dl>' + ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k,v in pairs) + '</dl>'
 
+# %% ../../nbs/52b_infer.panel.ipynb #0515eac6
 def say_mark(
     path, # The dubbed film
     mark, # `mark` of the report
@@ -139,6 +146,7 @@ def say_mark(
     "What the film says about who made it"
     if not mark: return ['Not marked, as you wished: the file does not say that a machine made it.']
     if mark['kind'] != 'c2pa': return [f"A note in the file says that a machine made it; it is not signed, because {mark['why']}."]
+    from lipsync_nb.infer.provenance import check_mark, tell_mark      # here, since the server does without
     return [o.strip() for o in tell_mark(check_mark(path) | dict(path=Path(path).name))]
 
 # %% ../../nbs/52b_infer.panel.ipynb #5e3f6ebd
@@ -189,9 +197,10 @@ CSS += '''
 .ls-page .jupyter-widget-Accordion{margin:0;width:100%} .ls-page .ls-strip{margin-top:.2rem;padding:3px}
 '''
 
-# %% ../../nbs/52b_infer.panel.ipynb #41ec46a2
+# %% ../../nbs/52b_infer.panel.ipynb #0ee20cff
 ASK = dict(video=('Face', 'Choose a film or a picture', 'video/*,image/*,.mkv'), audio=('Voice', 'Choose a sound, or a film with sound', 'audio/*,video/*,.mkv'))
 
+# %% ../../nbs/52b_infer.panel.ipynb #f1f3346b
 def drop_zone(
     slot:str, # 'video' or 'audio'
     to:str, # Address to upload to
@@ -200,6 +209,7 @@ def drop_zone(
     _,ask,kinds = ASK[slot]
     return f'<label class="ls-drop" data-slot="{slot}" data-to="{html.escape(to)}"><input type="file" accept="{kinds}" aria-label="{ask}"><b>{ask}</b><br><span class="ls-dim">or drop it here</span></label><p class="ls-note" role="status"></p>'
 
+# %% ../../nbs/52b_infer.panel.ipynb #68e69d21
 def input_card(
     slot:str, # 'video' or 'audio'
     to:str='', # Address to upload to; '' = no server takes uploads
@@ -226,3 +236,16 @@ def option_widgets(): # {option of `dub`: widget}
         colour=W.Checkbox(True, description='match the colours around the mouth', indent=False),
         lossless=W.Checkbox(False, description='lose nothing outside of the mouth (large file)', indent=False),
         mark=W.Checkbox(True, description='say in the file that it was made by a machine', indent=False))
+
+# %% ../../nbs/52b_infer.panel.ipynb #e2fd9487
+def find_checkpoints(
+    place, # A checkpoint, or a folder with some; may be None
+)->dict: # {name: path}, the newest first
+    "Which generators there are to choose from"
+    if place is None: return {}
+    place = Path(place)
+    if not place.exists(): raise LipSyncError(f'{place} does not exist; give a checkpoint, or a folder with checkpoints')
+    if place.is_file(): return {place.name: place}
+    found = sorted(place.rglob('*.safetensors'), key=lambda p: -p.stat().st_mtime)
+    if not found: raise LipSyncError(f'{place} holds no checkpoint (*.safetensors); give another folder')
+    return {p.relative_to(place).as_posix(): p for p in found}
