@@ -38,7 +38,7 @@ class App:
         self.home = Path(folder or self.own).resolve()/secrets.token_hex(12); (self.home/'up').mkdir(parents=True)
         atexit.register(self.close)
         self.video = self.audio = self.scene = self.lip = self.result = self.report = None
-        self.face,self.said,self.found = 'largest',None,find_checkpoints(checkpoint)
+        self.face,self.said,self.found,self.dubbing = 'largest',None,find_checkpoints(checkpoint),False
         self._build(); self.work = Worker(self.say, self._show_progress)
         if self.found: self.work(self.model, self.checkpoint())                     # so that the first click need not wait
 
@@ -109,7 +109,9 @@ def choose(self:App,
     "Take a file, show it, and look what is in it"
     path = Path(path).expanduser().absolute()
     setattr(self, slot, None); self.cards[slot].chosen.value = ''; self.message.value = ''; self.said = None
-    if slot == 'video': self.work.cancel(); self.scene = None; self._show_faces()
+    if slot == 'video':
+        if not self.dubbing: self.work.cancel(hush=True)          # of searching the film before
+        self.scene = None; self._show_faces()
     try: about = self._about(slot, path)
     except LipSyncError as e: return self.say('stop', str(e))
     setattr(self, slot, path); self.cards[slot].path.value = ''
@@ -143,9 +145,10 @@ def _arrived(self:App, note):
 # %% ../../nbs/52c_infer.page.ipynb #3d26e752
 @patch
 def _scout(self:App, path, size=None):
-    "Find the faces of a film"
+    "Find the faces of a film, and show them if it still is the chosen one"
     size = size or (self.lip.size if self.lip else 96); scene = scout(path, size)
     if self.video == path: self.scene,self.scene_size = scene,size; self._show_faces()
+    return scene
 
 @patch
 def _show_faces(self:App):
@@ -210,10 +213,12 @@ def start(self:App):
 @patch
 def _dub(self:App, video, audio, face, checkpoint, options):
     lip = self.model(checkpoint)
-    if self.scene is None or self.scene_size != lip.size: self._scout(video, lip.size); self.pick(face)
+    scene = self.scene if self.scene and self.scene.film.path == video and self.scene_size == lip.size else self._scout(video, lip.size)
+    if self.video == video: self.pick(face)
     names = (self.home/f'{video.stem}-dubbed{k}.mp4' for k in ('', *(f'-{i}' for i in range(2, 1000))))
     out = next(p for p in names if not p.exists())
-    rep = lip.dub(self.scene, audio, out, face=face, report=out.with_suffix('.json'), **options)
+    try: self.dubbing = True; rep = lip.dub(scene, audio, out, face=face, report=out.with_suffix('.json'), **options)
+    finally: self.dubbing = False
     self.result,self.report = out,rep
     self._show_result(video, out, rep)
 

@@ -32,12 +32,12 @@ class Worker:
         tell, # Called with `(mark, sentence)`, as `report.marked` has them
         show, # Called with `(stage, part done or None, seconds left or None)`, or with `None` when there is nothing to do
     ):
-        self.tell,self.show,self.jobs,self.round,self.turn = tell,show,Queue(),0,0
+        self.tell,self.show,self.jobs,self.round,self.turn,self.hush = tell,show,Queue(),0,0,False
         self.stage,self.since,self.shown = '',0.,0.
         Thread(target=self._loop, daemon=True).start()
 
     def __call__(self, job, *args): self.jobs.put((self.round, job, args)) # Do `job(*args)` after all that waits
-    def cancel(self): self.round += 1                                      # End what runs, and forget what waits
+    def cancel(self, hush=False): self.round,self.hush = self.round+1,hush # End what runs, and forget what waits; without a word?
     def wait(self): self.jobs.join()                                       # Until everything is done
 
 # %% ../../nbs/52b_infer.panel.ipynb #4cd88f7e
@@ -60,7 +60,7 @@ def _loop(self:Worker):
         try:
             if self.turn == self.round:
                 with listen_in(self.hear): job(*args)
-        except Cancelled: self.tell('note', 'Cancelled; nothing was written.')
+        except Cancelled: self.hush or self.tell('note', 'Cancelled; nothing was written.')
         except LipSyncError as e: self.tell('stop', str(e))
         except Exception as e:
             traceback.print_exc(file=sys.__stderr__)
