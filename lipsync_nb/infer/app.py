@@ -7,12 +7,12 @@ __all__ = ['SCRIPT', 'TEMPLATE', 'WEB', 'NEEDS', 'write_site', 'plain_name', 'ro
            'make_server', 'lipsync_app']
 
 # %% ../../nbs/52d_infer.app.ipynb #ceb2f8ba
-import atexit, json, os, secrets, shutil, socket, sys
+import json, os, secrets, shutil, socket, sys
 from functools import lru_cache
 from ipaddress import ip_address
 from mimetypes import guess_type
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 from ..core import LipSyncError, cli
 from .panel import find_checkpoints
@@ -256,12 +256,13 @@ def lipsync_app(
 ):
     "Open a page in the browser on which to dub"
     find_checkpoints(checkpoint)                                      # before anything is started
-    port,site = free_port(ip, port),Path(mkdtemp(prefix='lipsync_app_')).resolve(); atexit.register(shutil.rmtree, site, ignore_errors=True)
-    place = Path(folder).expanduser().resolve() if folder else site/'work'
-    try: place.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise LipSyncError(f'cannot write {place}: {e.strerror}; choose a folder that can be written') from None
-    nb = write_site(site, checkpoint=checkpoint and str(Path(checkpoint).resolve()), folder=str(place), temp=folder is None, web=WEB, paths=is_local(ip), device=device)
-    hello = f'The page is at http://{ip}:{port} ; Ctrl-C ends it' + (f', results stay in {place}' if folder else ', and with it the results that were not downloaded')
-    server = make_server(nb, place, ip, port, not no_browser, lambda: print(hello, flush=True))
-    if not is_local(ip): print('Whoever can reach this computer can open a page of their own and keep the machine busy; do this only in a network that you trust, or leave out --ip.')
-    server.start()
+    port = free_port(ip, port)
+    with TemporaryDirectory(prefix='lipsync_app_', ignore_cleanup_errors=True) as site:
+        site = Path(site).resolve(); place = Path(folder).expanduser().resolve() if folder else site/'work'
+        try: place.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise LipSyncError(f'cannot write {place}: {e.strerror}; choose a folder that can be written') from None
+        nb = write_site(site, checkpoint=checkpoint and str(Path(checkpoint).resolve()), folder=str(place), temp=folder is None, web=WEB, paths=is_local(ip), device=device)
+        hello = f'The page is at http://{ip}:{port} ; Ctrl-C ends it' + (f', results stay in {place}' if folder else ', and with it the results that were not downloaded')
+        server = make_server(nb, place, ip, port, not no_browser, lambda: print(hello, flush=True))
+        if not is_local(ip): print('Whoever can reach this computer can open a page of their own and keep the machine busy; do this only in a network that you trust, or leave out --ip.')
+        server.start()
