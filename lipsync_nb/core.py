@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FPS', 'SR', 'HOP', 'N_MELS', 'MPF', 'MASK_BOX', 'mask_box', 'mouth_mask', 'LipSyncError', 'atomic_path',
-           'is_leftover', 'save_json', 'load_json', 'cfg_hash', 'hash_file', 'quiet', 'track', 'hushed', 'mute_stderr',
-           'cli']
+           'is_leftover', 'save_json', 'load_json', 'cfg_hash', 'hash_file', 'quiet', 'track', 'hushed', 'listen_in',
+           'mute_stderr', 'cli']
 
 # %% ../nbs/00_core.ipynb #361237b9
 import errno, hashlib, inspect, json, os, platform, re, shutil, sys
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -146,12 +147,15 @@ def quiet()->bool:
     "Should progress bars be silent? (`LIPSYNC_QUIET=1`)"
     return os.environ.get('LIPSYNC_QUIET', '') not in ('', '0')
 
+_ear = ContextVar('ear', default=None) # who listens to the bars of this thread
+
 def track(
     it=None, # What to iterate over; `None` gives a bar to move by hand
     desc:str='', # What is being done
     total:int=None, # Number of steps, where `it` does not know it
 ):
     "A progress bar with rate and time left"
+    if _ear.get(): return _Told(_ear.get(), it, desc, total)
     return tqdm(it, desc=desc, total=total, disable=quiet(), dynamic_ncols=True, mininterval=.5, leave=False)
 
 # %% ../nbs/00_core.ipynb #c9b5a88f
@@ -164,6 +168,28 @@ def hushed():
     finally:
         if before is None: del os.environ['LIPSYNC_QUIET']
         else: os.environ['LIPSYNC_QUIET'] = before
+
+# %% ../nbs/00_core.ipynb #96f041fc
+class _Told(tqdm):
+    "A bar that is told and not drawn"
+    def __init__(self, ear, it, desc, total):
+        super().__init__(it, disable=True)
+        self.ear,self.about,self.at,self.all = ear,desc,0,len(it) if total is None and hasattr(it, '__len__') else total
+        self.update(0)
+
+    def update(self, n=1): self.at += n; self.ear(self.about, self.at, self.all)
+
+    def __iter__(self):
+        for o in self.iterable: yield o; self.update()
+
+@contextmanager
+def listen_in(
+    ear, # Called with `(what is done, steps done, steps in all or None)`, first with 0 steps
+):
+    "Within the block, and this thread, tell `ear` how far the work is; it may raise to end it"
+    token = _ear.set(ear)
+    try: yield
+    finally: _ear.reset(token)
 
 # %% ../nbs/00_core.ipynb #c51f360e
 @contextmanager

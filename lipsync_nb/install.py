@@ -49,7 +49,7 @@ def check_python(
     return 'stop', f'{where}: MediaPipe has wheels for {a} to {b}; make an environment with one of these'
 
 # %% ../nbs/09_install.ipynb #6a739a43
-EXTRAS = dict(demo='the demo corpus', mark='a signed mark on dubs', align='phones of a transcript', scale='preparation on many machines', onnx='dubbing with ONNX', fid='FID') # what each is for
+EXTRAS = dict(demo='the demo corpus', mark='a signed mark on dubs', align='phones of a transcript', scale='preparation on many machines', onnx='dubbing with ONNX', app='the page to dub on', fid='FID') # what each is for
 
 def unmet(
     lines, # Requirements as metadata has them

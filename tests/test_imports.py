@@ -3,7 +3,7 @@ import ast, json, os, subprocess, sys
 import pytest
 
 # Packages that only one job needs: no module may import them at its head
-LAZY = ['mediapipe', 'nbdev', 'librosa', 'torchvision', 'wandb', 'espeakng_loader', 'skimage', 'praatio', 'pocketsphinx', 'dask', 'distributed', 'fsspec', 'torchmetrics', 'torch_fidelity', 'silero_vad', 'onnx', 'onnxscript', 'onnxruntime', 'c2pa', 'cryptography']
+LAZY = ['mediapipe', 'nbdev', 'librosa', 'torchvision', 'wandb', 'espeakng_loader', 'skimage', 'praatio', 'pocketsphinx', 'dask', 'distributed', 'fsspec', 'torchmetrics', 'torch_fidelity', 'silero_vad', 'onnx', 'onnxscript', 'onnxruntime', 'c2pa', 'cryptography', 'voila', 'tornado']
 # Modules of plain torch, and all that they may import
 PURE,PURE_MAY = ('models.', 'losses', 'gan', 'metrics', 'sets', 'mouth'),{'torch', 'numpy', 'fastcore', 'pytorch_msssim'}
 # ... including their own kind and the core's constants and errors
