@@ -154,7 +154,8 @@ def load_state(
     "Read training state; no code in the file is run"
     path = Path(path)
     if not path.is_file(): raise LipSyncError(f'there is no training state {path}')
-    try: return torch.load(path, map_location=map_location, weights_only=True)
+    where = torch.device(map_location); where = 'cpu' if where.type == 'cpu' else where   # accelerate calls it cpu:0, which `torch.load` does not know
+    try: return torch.load(path, map_location=where, weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as e:
         raise LipSyncError(f'{path} is no training state, or it is cut short ({type(e).__name__}: {(str(e).splitlines() or [""])[0][:100]}); resume from another checkpoint') from None
 
