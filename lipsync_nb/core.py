@@ -63,6 +63,7 @@ def _unmake(folders):
         try: p.rmdir()
         except OSError: return
 
+# %% ../nbs/00_core.ipynb #bc71c227
 def _replace(tmp, path, folder):
     "Put `tmp` in the place of `path`; another process may do the same at this moment, and the last one wins"
     for last in (False,)*9 + (True,):
@@ -71,6 +72,7 @@ def _replace(tmp, path, folder):
         except OSError as e:
             if last or e.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise
 
+# %% ../nbs/00_core.ipynb #40315994
 @contextmanager
 def atomic_path(
     path, # Where the file, or folder, shall be in the end
@@ -101,6 +103,7 @@ def _runs(pid):
     except PermissionError: pass
     return True
 
+# %% ../nbs/00_core.ipynb #3dbaec57
 def is_leftover(
     path, # A file or folder
 )->bool:
@@ -119,6 +122,7 @@ def save_json(obj, path):
     "Write `obj` to `path` as JSON, atomically"
     with atomic_path(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, default=_plain, ensure_ascii=False) + '\n', encoding='utf-8')
 
+# %% ../nbs/00_core.ipynb #fa51fe55
 def load_json(path):
     "Read JSON; a missing or torn file is a `LipSyncError`"
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
@@ -147,6 +151,7 @@ def quiet()->bool:
     "Should progress bars be silent? (`LIPSYNC_QUIET=1`)"
     return os.environ.get('LIPSYNC_QUIET', '') not in ('', '0')
 
+# %% ../nbs/00_core.ipynb #00c0cb94
 _ear = ContextVar('ear', default=None) # who listens to the bars of this thread
 
 def track(
@@ -182,6 +187,7 @@ class _Told(tqdm):
     def __iter__(self):
         for o in self.iterable: yield o; self.update()
 
+# %% ../nbs/00_core.ipynb #e49dadcd
 @contextmanager
 def listen_in(
     ear, # Called with `(what is done, steps done, steps in all or None)`, first with 0 steps
@@ -207,6 +213,7 @@ def _is_script(frame):
     g = frame.f_globals
     return frame.f_locals is g and g.get('__name__') == '__main__' and '__file__' in g
 
+# %% ../nbs/00_core.ipynb #d761f834
 def _run(func):
     args = vars(anno_parser(func).parse_args())
     for k in ('pdb', 'xtra'): args.pop(k, None)
@@ -217,6 +224,7 @@ def _run(func):
     print(f'{func.__name__}: {msg}', file=sys.stderr)
     raise SystemExit(2)
 
+# %% ../nbs/00_core.ipynb #8f0470a3
 def cli(func):
     "Make a command of `func`: parse `sys.argv` when run as a script, and tell a `LipSyncError` in one sentence"
     @wraps(func)

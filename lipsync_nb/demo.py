@@ -46,6 +46,7 @@ def look_of(
         lips=u(.9,1.2), hair=tuple(h*u(.92,1.08) for h in hair[:3])+hair[3:], volume=u(.9,1.08), glasses=['','','round','square','oval'][r.integers(5)],
         cloth=tuple(int(v) for v in r.integers(55, 190, 3)), collar=['turtle','mock','crew'][r.integers(3)], zoom=u(.95,1.05))
 
+# %% ../nbs/06_demo.ipynb #0063212f
 def voice_of(
     i, # Number of the person, or the path of a portrait
 )->Voice:
@@ -61,6 +62,7 @@ def _face(portrait, mirror):
     if (portrait, mirror) not in _faces: _faces[portrait, mirror] = load_portrait(portrait, mirror)
     return _faces[portrait, mirror]
 
+# %% ../nbs/06_demo.ipynb #2409fa8e
 @lru_cache(maxsize=3)
 def puppet_of(
     person=0, # Number of a person, or the path of a portrait
@@ -86,6 +88,7 @@ def sway(
     x = w@knots
     return x/.48*_SWAY                                                        # .48: what smoothing leaves of a unit normal
 
+# %% ../nbs/06_demo.ipynb #dd0f0b59
 def blinks(n:int, rng:np.random.Generator)->np.ndarray: # (n,) 0 open … 1 shut
     "Lids that close for a moment every few seconds"
     out,t = np.zeros(n),rng.uniform(.3, 2.5)*FPS
@@ -109,6 +112,7 @@ def scene(
         img += cv2.GaussianBlur(m, (0,0), rng.uniform(3, 9))[...,None]*np.float32(rng.normal(size=3)*8+rng.normal()*26)
     return np.clip(img + rng.normal(size=(size,size,1))*1.5, 8, 247).astype(np.uint8)
 
+# %% ../nbs/06_demo.ipynb #3de61a86
 def lighting(
     n:int, # Number of frames
     rng:np.random.Generator,
@@ -147,11 +151,13 @@ def truth_paths(clip)->tuple: # (json, npz)
     clip = Path(clip)
     return clip.with_suffix('.truth.json'), clip.with_suffix('.truth.npz')
 
+# %% ../nbs/06_demo.ipynb #6c6d53e3
 def _write_words(path, text, phones):
     "The transcript and the TextGrid beside a clip"
     with atomic_path(path.with_suffix('.txt')) as tmp: tmp.write_text(text + '\n', encoding='utf-8')
     write_textgrid(path.with_suffix('.TextGrid'), dict(phones=[o for o in phones if o[2] != PAUSE]), phones[-1][1])
 
+# %% ../nbs/06_demo.ipynb #5447a793
 def make_clip(
     path, # `.mp4` to write; its truth goes beside it
     text:str, # What to say
@@ -195,6 +201,7 @@ def _make_some(jobs, faces):
     for path,text,person,seed in jobs: make_clip(path, text, person, seed=seed)
     return len(jobs)
 
+# %% ../nbs/06_demo.ipynb #c3bdc861
 def _jobs(dest, n_persons, n_clips, seed, portraits):
     "`(path, text, person, seed)` of every clip"
     if n_persons < 0 or n_clips < 1 or n_persons+len(portraits) < 1: raise ValueError(f'expected at least one person and one clip, got {n_persons=}, {n_clips=}')
@@ -212,6 +219,7 @@ def _batches(jobs, workers):
         k = (None, look_of(p).mirror) if isinstance(p, int) else (p, False)
         for i in range(0, len(js), n): yield js[i:i+n], {k: _face(*k)}
 
+# %% ../nbs/06_demo.ipynb #09cc6efc
 def _each(batches, workers):
     "Number of clips of each batch, as they are done"
     if workers < 2: yield from (_make_some(*b) for b in batches); return

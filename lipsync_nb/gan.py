@@ -192,6 +192,7 @@ def state_dict(self:GanLoss)->dict:
     "State of λ, for a checkpoint"
     return self.λ.state_dict()
 
+# %% ../nbs/31_gan.ipynb #87ea3f65
 @patch
 def load_state_dict(self:GanLoss, state:dict):
     "Go on from a `state_dict`"

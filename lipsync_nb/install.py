@@ -27,6 +27,7 @@ class Check(NamedTuple):
     mark:str # 'ok', 'note', 'warn' or 'stop'
     text:str # What is the matter, and what to do
 
+# %% ../nbs/09_install.ipynb #dc357bd8
 def tried(
     name:str, # What is checked
     look, # Function that gives a mark and a text
@@ -73,6 +74,7 @@ def _lines():
 
 def _told(bad): return ', '.join(f'{r} ({v} is installed)' if v else f'{r} (missing)' for r,v in bad)
 
+# %% ../nbs/09_install.ipynb #cfbad597
 def check_packages(
     lines=None, # Requirements; those of lipsync_nb if not given
     version=version, # Function: name of a package → its version
@@ -189,6 +191,7 @@ def _refusal(folder):
         with tempfile.TemporaryFile(dir=at) as f: f.write(b'x')
     except OSError as e: return e.strerror or str(e)
 
+# %% ../nbs/09_install.ipynb #66cb9bea
 def check_writing(
     folders:dict=None, # Variable of the environment → the folder it names
 )->tuple: # Mark and text

@@ -34,6 +34,7 @@ def _open(path, **options):
     except (av.error.FFmpegError, OSError) as e:
         raise LipSyncError(f'{path} cannot be read as video or sound ({e.strerror}); give a file that plays') from None
 
+# %% ../nbs/01_media.ipynb #f23b31e2
 def _picture(c):
     "The picture track of a container, `None` if there is none; the cover of a song is no film"
     return next((s for s in c.streams.video if not s.disposition & av.stream.Disposition.attached_pic), None)
@@ -64,6 +65,7 @@ def _info(path, c):
         (v.frames or (round(dur*fps) if v.duration != 0 else 0)) if v else 0, dur, pic.name if pic else '?' if v else '',
         a is not None, snd.sample_rate if snd else 0, snd.channels if snd else 0)
 
+# %% ../nbs/01_media.ipynb #5465a302
 def probe(
     path, # A media file
 )->VideoInfo:
@@ -110,6 +112,7 @@ def _start(self:VideoWriter, h, w):
         self.a = self.c.add_stream('aac', rate=self.sr, layout='mono' if len(self.audio) == 1 else 'stereo' if len(self.audio) == 2 else f'{len(self.audio)}c')
         self.a.bit_rate = 96_000*len(self.audio)
 
+# %% ../nbs/01_media.ipynb #bbba5528
 @patch
 def _push_audio(self:VideoWriter, until):
     "Encode the sound up to sample `until`, so that it lies beside its pictures in the file"
@@ -138,6 +141,7 @@ def write(self:VideoWriter,
     self.c.mux(self.v.encode(f))
     self._push_audio(round((pts/90_000 + .1)*self.sr))
 
+# %% ../nbs/01_media.ipynb #92a6279e
 @patch
 def __exit__(self:VideoWriter, kind, err, tb):
     try:
@@ -181,6 +185,7 @@ def _timed(c, path, threads):
         raise LipSyncError(f'{path} is damaged' + (f' after {t:.2f} s' if t else '') + f' ({e.strerror}); copy it again or cut it there') from None
     if t is None: raise LipSyncError(f'{path} holds no frame that can be decoded; give a file that plays')
 
+# %% ../nbs/01_media.ipynb #6eed8b2d
 def _steady(timed, fps):
     "Resample `(time, frame)` to `fps`: each slot gets the frame nearest to it, and the last frame lasts as long as the one before"
     slot,gap,held = 0,1/fps,None
@@ -205,6 +210,7 @@ def _hlg(e):
     "Nits of an HLG signal on a screen of 1000 nits (ITU-R BT.2100)"
     return 1000*np.where(e <= .5, e*e/3, (np.exp((e-.55991073)/.17883277)+.28466892)/12)**1.2
 
+# %% ../nbs/01_media.ipynb #789fe348
 @lru_cache
 def _curves(kind):
     "Tables: 8-bit signal → light, where 1 is white; and light/4096 → 8-bit sRGB"
@@ -212,6 +218,7 @@ def _curves(kind):
     light = (_pq if kind == 'PQ' else _hlg)(e)/203
     return light.astype(np.float32), np.round(255*np.where(x <= .0031308, 12.92*x, 1.055*x**(1/2.4)-.055)).astype(np.uint8)
 
+# %% ../nbs/01_media.ipynb #7c048499
 def _tone(a, kind):
     "HDR signal (h,w,3) uint8 → ordinary RGB"
     light,srgb = _curves(kind)
@@ -226,6 +233,7 @@ def _rgb(f):
     if f.color_trc in _HDR: a = _tone(a, _HDR[f.color_trc])
     return np.ascontiguousarray(np.rot90(a, f.rotation//90)) if f.rotation else a
 
+# %% ../nbs/01_media.ipynb #c9c4c79e
 def read_frames(
     path, # A video file
     fps:float=None, # Resample to this steady rate; `None` = the frames as they are
@@ -244,6 +252,7 @@ def _origin(c):
     s = _picture(c) or c.streams.audio[0]
     return float((s.start_time or 0)*s.time_base)
 
+# %% ../nbs/01_media.ipynb #0cbd7037
 def read_audio(
     path, # A video or sound file
     sr:int=SR, # Sample rate to resample to
@@ -288,12 +297,14 @@ def read_image(path)->np.ndarray: # (h,w,3) uint8 RGB
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise LipSyncError(f'{path} is no picture that can be read; give a PNG or JPEG') from None
 
+# %% ../nbs/01_media.ipynb #bea747cb
 def is_image(path)->bool:
     "Is `path` a still picture (and not a video)?"
     try:
         with Image.open(path) as im: return not getattr(im, 'is_animated', False)
     except (UnidentifiedImageError, OSError): return False
 
+# %% ../nbs/01_media.ipynb #356bbb4f
 def save_image(
     path, # `.png` or `.jpg`
     img:np.ndarray, # (h,w,3) uint8 RGB

@@ -90,6 +90,7 @@ def in_parts(f, pred, target, mask, box, part=8):
     w = pixel_weight(pred, mask, box)
     with no_amp(w): return torch.cat([f(x, y, w) for x,y in zip(as_images(pred, box).split(part), as_images(target, box).split(part))])
 
+# %% ../nbs/32_metrics.ipynb #870d418c
 def ssim(
     pred:Tensor, # Images (...,c,h,w) in [0,1]
     target:Tensor, # Same shape
@@ -185,6 +186,7 @@ def pair_check(v, a):
     if v.ndim!=2 or v.shape!=a.shape: raise ValueError(f'expected embeddings (n,d) of one clip on both sides, got {tuple(v.shape)} and {tuple(a.shape)}')
     return v,a
 
+# %% ../nbs/32_metrics.ipynb #068e989b
 def two_way_accuracy(
     v, # Embeddings of windows of frames (n,d), one a frame
     a, # Embeddings of windows of sound (n,d)

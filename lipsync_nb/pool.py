@@ -22,6 +22,7 @@ def _follow():
     os.kill(os.getpid(), signal.SIGTERM)                         # politely first: what is half-written is removed
     time.sleep(5); os._exit(1)
 
+# %% ../nbs/05_pool.ipynb #f758633e
 def _serve(conn, name):
     "A worker's life: take an item, answer, until nobody asks any more"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -40,6 +41,7 @@ def _serve(conn, name):
     except (EOFError, BrokenPipeError): pass                     # the parent is gone
     finally: signal.signal(signal.SIGTERM, signal.SIG_DFL)       # from here on there is nothing to tidy up
 
+# %% ../nbs/05_pool.ipynb #4a8c2059
 class TaskError(Exception):
     "What became of an item that gave no result: it `raised`, its worker `died`, or it was too `late`"
     def __init__(self, kind, why): super().__init__(kind, why); self.kind,self.why = kind,why

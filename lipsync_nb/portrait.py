@@ -45,6 +45,7 @@ class Face:
     lms:np.ndarray    # (478,2) float64, canvas pixels (x,y)
     matte:np.ndarray  # (384,384) float32; 1 on the person, 0 on the background
 
+# %% ../nbs/03_portrait.ipynb #f9846b37
 def _mesh(image):
     "Landmarks (478,2) in pixels, or None"
     import mediapipe as mp
@@ -53,6 +54,7 @@ def _mesh(image):
     h,w = image.shape[:2]
     return np.array([[p.x*w, p.y*h] for p in r.multi_face_landmarks[0].landmark])
 
+# %% ../nbs/03_portrait.ipynb #b6ff5cc6
 def _similarity(src, dst):
     "(2,3) similarity that takes two points to two points"
     a,b,c,d = (complex(*p) for p in (*src, *dst))
@@ -119,6 +121,7 @@ def stroke(p, width, σ=0., size=CANVAS):
     "Open line `p` (n,2) as a (size,size) mask in 0 … 1"
     return _mask(cv2.polylines, p, σ, size, False, 255, max(1, round(width)))
 
+# %% ../nbs/03_portrait.ipynb #97377a0b
 def mix(under, top, a):
     "`top` over `under` with opacity `a`, (h,w) or (h,w,1)"
     return under + (top-under)*(a if a.ndim == under.ndim else a[...,None])
@@ -128,6 +131,7 @@ def seam(lms, x):
     "Height of the line between the closed lips at `x`"
     return np.interp(x, lms[UPPER_IN,0], lms[UPPER_IN,1])
 
+# %% ../nbs/03_portrait.ipynb #c94849c9
 def rest_shape(
     lms:np.ndarray, # (478,2) landmarks of a face on the canvas
     lips:float=1., # Fullness of the lips
@@ -172,6 +176,7 @@ def _soften_folds(img, lms):
         w = np.maximum(w, stroke(line, .2*EYES, .06*EYES))
     return img + .8*w[...,None]*np.maximum(low-img, 0)
 
+# %% ../nbs/03_portrait.ipynb #f74e6892
 def close_mouth(
     face:Face,
     lips:float=1., # Fullness of the lips
@@ -227,6 +232,7 @@ def _moved(L, k):
         T[br,1] -= k.brow*EYES
     return T, sorted({*NOSE, *sum(UPPER_LIDS+LOWER_LIDS+BROWS, []), *OVAL[4:33], *UPPER_OUT, *LOWER_OUT, *PUPILS, CHIN, 50, 280, 205, 425, 9, 8, 6})
 
+# %% ../nbs/03_portrait.ipynb #2cfa868b
 def reshape(
     face:Face, # As photographed
     k:Look, # Geometry to give it
@@ -260,6 +266,7 @@ def hair_mask(face:Face)->np.ndarray: # (384,384) float32 in 0 … 1
     above = 1 - smooth((np.mgrid[:CANVAS,:CANVAS][0] - L[132,1] - .02*EYES)/(.12*EYES))
     return cv2.GaussianBlur((hair*face.matte*(1-inner)*above).astype(np.float32), (0,0), .7)
 
+# %% ../nbs/03_portrait.ipynb #f34312eb
 def _iris(img, L, colour):
     a = np.linspace(0, 2*np.pi, 24); ring = np.c_[np.cos(a),np.sin(a)]
     for i,up,lo in zip(PUPILS, UPPER_LIDS, LOWER_LIDS):
@@ -269,6 +276,7 @@ def _iris(img, L, colour):
         img = mix(img, grey*np.float32(colour), w)
     return img
 
+# %% ../nbs/03_portrait.ipynb #8ba0ae6a
 def recolour(face:Face, k:Look)->Face:
     "Give a face the hair and eye colour of a look"
     img = face.image.astype(np.float32)
@@ -325,6 +333,7 @@ def _without_clothes(face, k):
          (cx+.5*half,chin+.55*i), (cx+.96*half,chin+.2*i), (cx+.975*half,L[397,1]+.13*i), (L[288,0]+.035*i,L[288,1]), (L[361,0]+i,ear), (CANVAS+50,ear), (CANVAS+50,-50)]
     return face.matte*fill(p, 1.)
 
+# %% ../nbs/03_portrait.ipynb #0dbd1226
 def clean_edges(img, matte):
     "Give half-covered pixels the colour of their covered neighbours, so that no old background shines through"
     hard = cv2.erode((matte > .97).astype(np.float32), np.ones((3,3), np.uint8), iterations=2)[...,None]

@@ -59,6 +59,7 @@ def _skin_moves(T):
     hold = still(np.r_[T[[*NOSE, 94,60,290,203,423]], np.c_[np.linspace(-1,1,5)*EYES+cx, np.full(5, y1+.62*EYES)]])
     return [(p,jaw),cheek,(q,soft),(side,along),hold], [(m,chin)]
 
+# %% ../nbs/04_puppet.ipynb #4daacb2c
 def mouth_fields(
     T:np.ndarray, # (478,2) landmarks at rest
     b:Box, # Region to compute them on
@@ -105,6 +106,7 @@ def teeth(
     out[:top+H] = t[-top:]
     return out.astype(np.float32)
 
+# %% ../nbs/04_puppet.ipynb #d0654e3b
 def tongue()->np.ndarray: # (64,96,4) float32: colour × opacity, and opacity; its top on row 4
     "The tongue"
     y,x = np.mgrid[:INSIDE[0],:INSIDE[1]].astype(np.float32)
@@ -204,6 +206,7 @@ def _check(mouth, pose, blink):
     got,n = tuple(np.shape(a) for a in (mouth,pose,blink)),len(mouth)
     if got != ((n,len(MOUTH)), (n,len(POSE)), (n,)): raise ValueError(f'expected mouth (n,{len(MOUTH)}), pose (n,{len(POSE)}) and blink (n,), got {", ".join(map(str, got))}')
 
+# %% ../nbs/04_puppet.ipynb #d0ed9314
 @patch
 def landmarks(self:Puppet,
     mouth:np.ndarray, # (n,8) movements, as of `mouth_track`
@@ -221,6 +224,7 @@ def landmarks(self:Puppet,
     for _ in range(6): Q = C - np.einsum('kdnl,nk->nld', head_moves(self.T, Q[...,0].ravel(), Q[...,1].ravel()).reshape(6,2,*Q.shape[:2]), pose)
     return ((Q-self.offset)/self.scale).astype(np.float32)
 
+# %% ../nbs/04_puppet.ipynb #d65daf86
 def inner_gap(
     lms:np.ndarray, # (n,478,2)
 )->np.ndarray: # (n,)

@@ -56,6 +56,7 @@ def fmt(
     if isinstance(x, (bool, str)) or not isinstance(x, (int, float, np.number)): return str(x)
     return f'{x:,}' if isinstance(x, (int, np.integer)) else f'{x:,.0f}' if abs(x) >= 1000 else f'{x:.3g}'
 
+# %% ../nbs/08_report.ipynb #d91680cd
 def table(
     rows:dict, # Name of the row → {column: value}
     first:str='', # Heading of the first column
@@ -102,6 +103,7 @@ def row(*parts:str)->str: # HTML
     "Pieces side by side, where the window is wide enough"
     return f'<div class="row">{"".join(parts)}</div>'
 
+# %% ../nbs/08_report.ipynb #f0de58cc
 def text(s:str)->str: # HTML
     "A paragraph"
     return f'<p>{html.escape(s)}</p>'

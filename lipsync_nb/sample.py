@@ -49,6 +49,7 @@ def sample_folder()->Path:
         if time.time()-o.stat().st_mtime > OLD*86400: shutil.rmtree(o, ignore_errors=True)
     return path
 
+# %% ../nbs/46b_sample.ipynb #a3a45b54
 def _made(name, make):
     "What is called `name` in the sample; `make(path)` makes it where it is missing, in one process at a time"
     path = sample_folder()/name

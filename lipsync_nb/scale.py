@@ -136,6 +136,7 @@ def _nobody(client, needs):
     except OSError: return False                                 # nobody answers: the futures will tell
     return not any(all(w['resources'].get(k, 0) >= v for k,v in needs.items()) for w in workers)
 
+# %% ../nbs/07_scale.ipynb #88f2f10d
 def _next(done, client, needs):
     "The next future that is done; while there is nobody to do it, say so, once"
     told = False

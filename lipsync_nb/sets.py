@@ -111,6 +111,7 @@ class Frechet(NamedTuple):
     d:int
     warning:str # '' if there are pictures enough
 
+# %% ../nbs/32b_sets.ipynb #e020868a
 def frechet(
     real, # Features of real pictures (n,d), or their `FeatureStats`
     made, # Those of as many made ones
@@ -130,6 +131,7 @@ def kernel_sums(x, y):
     def k(a, b): return (a@b.T/a.shape[1] + 1)**3
     return k(x,x),k(y,y),k(x,y)
 
+# %% ../nbs/32b_sets.ipynb #abfc0e42
 def kernel_distance(
     real:Tensor, # Features of real pictures (n,d)
     fake:Tensor, # Features of as many made ones (n,d)
@@ -150,6 +152,7 @@ class KID(NamedTuple):
     subsets:int
     size:int # Pictures in each
 
+# %% ../nbs/32b_sets.ipynb #97097462
 def as_sample(x)->Tensor:
     "The features themselves (n,d), or the sample of them that `FeatureStats` kept"
     x = x.kept if isinstance(x, FeatureStats) else x

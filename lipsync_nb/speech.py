@@ -93,6 +93,7 @@ class _Event(ctypes.Structure):
     _fields_ = [('type',ctypes.c_int), ('uid',ctypes.c_uint), ('text_pos',ctypes.c_int), ('length',ctypes.c_int),
                 ('ms',ctypes.c_int), ('sample',ctypes.c_int), ('user',ctypes.c_void_p), ('name',ctypes.c_char*8)]
 
+# %% ../nbs/02_speech.ipynb #e5df7cbd
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 _SYNCHRONOUS,_PHONEMES,_IPA,_DONT_EXIT = 2,1,2,0x8000    # espeak_Initialize
 _END,_PHONE,_RATE,_PITCH,_UTF8 = 0,7,1,3,1               # event types, parameters, character set
@@ -143,6 +144,7 @@ def _phones(x, rate, events):
         else: out.append([s, e, name])
     return out
 
+# %% ../nbs/02_speech.ipynb #ec242bfd
 def _shift_stops(phones):
     "Start voiceless stops where the closure does, not at the burst"
     for a,b in zip(phones, phones[1:]):
@@ -227,6 +229,7 @@ def _hold(t, spans):
         h = np.maximum(h, d*d*(3-2*d))
     return h[:,None]
 
+# %% ../nbs/02_speech.ipynb #7a93f522
 def _average(phones, n):
     "Weighted running average of the shapes, at `n` steps of 1/`_HZ` s"
     sp = [(s+(e-s)*j/len(vs), v) for s,e,p in phones for vs in [visemes(p)] for j,v in enumerate(vs)]

@@ -119,6 +119,7 @@ def sign_flip_p(
     hits = sum(_as_far(total, rng.integers(0, 2, (min(500, n_flip-i), k))*2-1).sum() for i in range(0, n_flip, 500))
     return float((hits+1)/(n_flip+1))                                             # the flips that were observed count, too
 
+# %% ../nbs/34_stats.ipynb #5ff01013
 def _as_far(total, signs): return np.abs(signs@total) >= abs(total.sum())*(1-1e-12)
 
 # %% ../nbs/34_stats.ipynb #7ed19af2

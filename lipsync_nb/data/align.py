@@ -33,6 +33,7 @@ def _decoder():
     except ImportError: raise LipSyncError('aligning needs pocketsphinx; install it with `pip install "lipsync_nb[align]"`') from None
     return Decoder(lm=None, bestpath=False, beam=1e-300, pbeam=1e-300, wbeam=1e-300, loglevel='FATAL')
 
+# %% ../../nbs/13_data.align.ipynb #871d63dd
 def _pcm(wav):
     "Sound (n,) float32 as the decoder wants it: 16 bit, level, never quite silent"
     noise = np.random.default_rng(0).normal(0, .001, len(wav))
@@ -59,6 +60,7 @@ def _extra_words(path):
     for w,*ph in lines: out.setdefault(re.sub(r'\(\d+\)$', '', w.lower()), []).append(' '.join(p.rstrip('012') for p in ph))
     return out
 
+# %% ../../nbs/13_data.align.ipynb #a638d80b
 def _learn(decoder, word, dictionary):
     "Does the decoder know the word, or can it learn it from the dictionary?"
     if decoder.lookup_word(word): return True
@@ -67,6 +69,7 @@ def _learn(decoder, word, dictionary):
         except RuntimeError: raise LipSyncError(f'{dictionary} spells {word} as "{ph}"; use the sounds of cmudict, such as B AA B') from None
     return bool(decoder.lookup_word(word))
 
+# %% ../../nbs/13_data.align.ipynb #7f1f70f7
 def _tokens(decoder, text, dictionary):
     "Words to align, those that are not known with a `_` before them; the decoder has learnt how all are said"
     out = []
@@ -80,6 +83,7 @@ def _tokens(decoder, text, dictionary):
 def _hear(decoder, pcm):
     decoder.start_utt(); decoder.process_raw(pcm.tobytes(), no_search=False, full_utt=True); decoder.end_utt()
 
+# %% ../../nbs/13_data.align.ipynb #f7f32c06
 def _word_pass(decoder, tokens, pcm):
     "`(word, start, end)` in frames; pauses are left out"
     if len(pcm) >= SR//10:
@@ -126,6 +130,7 @@ class Spoken(NamedTuple):
     words:list   # `[[start, end, word], …]`
     unknown:list # Words that were left out, since the dictionary does not have them
 
+# %% ../../nbs/13_data.align.ipynb #e7b9cde6
 def align_pocketsphinx(
     wav:np.ndarray, # (n,) float32 at 16 kHz
     text:str, # What is said, in English
@@ -161,6 +166,7 @@ def _write_corpus(clips, corpus):
         stems.append(stem.relative_to(corpus)); longest = max(longest, len(x)/SR)
     return stems, longest
 
+# %% ../../nbs/13_data.align.ipynb #f12767cf
 def _last_words(out):
     "The end of a program's output, without colours and boxes, in one line"
     lines = [re.sub(r'\x1b\[[0-9;]*m|[─-╿]', ' ', l).strip() for l in out.splitlines()]
@@ -187,6 +193,7 @@ def align_mfa(
             raise LipSyncError(f'mfa align failed: {_last_words(r.stdout)}; `mfa model list acoustic` and `mfa model list dictionary` tell which models are here')
         return [s if isinstance(s, LipSyncError) else _mfa_phones(out/s) for s in stems]
 
+# %% ../../nbs/13_data.align.ipynb #ea242032
 def _mfa_phones(stem):
     "What MFA wrote of a clip"
     p = stem.with_suffix('.TextGrid')
@@ -203,6 +210,7 @@ class _Job(NamedTuple):
     "A clip whose phones are to be found"
     folder:Path; person:str; clip:Path; words:Path; key:str; n_frames:int; offset:float
 
+# %% ../../nbs/13_data.align.ipynb #35905dad
 def _key(how, words, offset, dictionary, acoustic):
     "Fingerprint of all that decides the phones of a clip"
     def content(p):
@@ -210,6 +218,7 @@ def _key(how, words, offset, dictionary, acoustic):
         except OSError: return str(p)                          # a name, or a file that may not be read
     return cfg_hash(dict(how=how, words=content(words), offset=offset, dictionary=dictionary and content(dictionary), acoustic=acoustic and str(acoustic), version=_VERSION))
 
+# %% ../../nbs/13_data.align.ipynb #96f481a2
 def _find_jobs(root, out_dir, how, textgrids, dictionary, acoustic):
     "Every accepted clip as a `_Job`, and whether it is done; without `words` where there are none"
     for folder,m in list_metas(out_dir):
@@ -232,6 +241,7 @@ def _task(clip, words, dictionary):
 def _by_textgrid(jobs, **_):
     for j in jobs: p = _try(read_textgrid, j.words, j.person); yield j, p if isinstance(p, LipSyncError) else (p, [])
 
+# %% ../../nbs/13_data.align.ipynb #52183e7a
 def _by_pocketsphinx(jobs, workers, dictionary, **_):
     _decoder(); _extra_words(dictionary) if dictionary else None            # what is missing here is missing for every clip
     items = [(str(j.clip), str(j.words), dictionary and str(dictionary)) for j in jobs]
@@ -239,6 +249,7 @@ def _by_pocketsphinx(jobs, workers, dictionary, **_):
     for i,r in pool_map('lipsync_nb.data.align:_task', items, workers, limit=limit) if workers else enumerate(_task(*o) for o in items):
         yield jobs[i], LipSyncError(f'pocketsphinx failed: {r}') if isinstance(r, TaskError) else r
 
+# %% ../../nbs/13_data.align.ipynb #aae836e7
 def _by_mfa(jobs, workers, dictionary, acoustic):
     jobs = sorted(jobs, key=lambda j: (j.person, j.folder))                  # a speaker's clips together
     for i in range(0, len(jobs), _BATCH):
@@ -298,6 +309,7 @@ def print_alignment(
         if n > 5: print(f'  … and {n-5} more')
     if s['unknown']: print(f"{len(s['unknown'])} unknown words were left out: {', '.join(list(s['unknown'])[:20])}{' …' if len(s['unknown']) > 20 else ''}")
 
+# %% ../../nbs/13_data.align.ipynb #3ee67bd5
 @cli
 def lipsync_align(
     data_dir:Path, # Folder of person folders

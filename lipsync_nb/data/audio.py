@@ -22,6 +22,7 @@ SILENCE   = -1.             # the mel value of silence
 def _hz_to_mel(f): return np.where(f < 1000, f*3/200, 15 + np.log(np.maximum(f, 1)/1000)*27/np.log(6.4))
 def _mel_to_hz(m): return np.where(m < 15, m*200/3, 1000*np.exp((m-15)*np.log(6.4)/27))
 
+# %% ../../nbs/12_data.audio.ipynb #23e5e8a3
 @lru_cache
 def mel_filters()->np.ndarray: # (80, N_FFT/2+1) float32
     "Slaney-style triangular mel filters of unit area"
@@ -50,6 +51,7 @@ def mel_spectrogram(
         out[i:i+2048] = np.maximum((np.log10(np.maximum(mag @ mel_filters().T, FLOOR)) + 2)/3, SILENCE)
     return out
 
+# %% ../../nbs/12_data.audio.ipynb #e323da03
 @lru_cache
 def _hann(): return np.hanning(N_FFT+1)[:-1].astype(np.float32)  # periodic, as spectrograms want it
 
@@ -78,6 +80,7 @@ def frame_levels(
     x = np.zeros(n_frames*n, np.float32); m = min(len(wav), len(x)); x[:m] = wav[:m]
     return 10*np.log10(np.maximum((x.reshape(n_frames, n)**2).mean(1), 1e-12))
 
+# %% ../../nbs/12_data.audio.ipynb #0fbc5c71
 def speech_share(
     wav:np.ndarray, # (n,) float32 at 16 kHz
     n_frames:int, # Video frames to cover

@@ -25,6 +25,7 @@ def mix(
     z = (z ^ (z >> np.uint64(27)))*np.uint64(0x94d049bb133111eb)
     return z ^ (z >> np.uint64(31))
 
+# %% ../../nbs/17b_data.batches.ipynb #f01501a9
 def dice(
     seed:int, # Same seed, same throws
     p:np.ndarray, # (n,) positions
@@ -62,6 +63,7 @@ def images(
     x = xs.to(device, non_blocking=True).permute(0,1,4,2,3)
     return torch.empty(x.shape, device=device).copy_(x).div_(255)   # in one pass
 
+# %% ../../nbs/17b_data.batches.ipynb #a65e380d
 class Batches:
     "Batch `i` of something: a pure function of seed and `i`"
     def __init__(self,
@@ -178,6 +180,7 @@ def spaced(
         if len(out) == k: break
     return np.array(out)
 
+# %% ../../nbs/17b_data.batches.ipynb #111847fc
 class SyncBatches(Batches):
     "`groups` clips with up to `per_clip` windows each"
     def __init__(self,
@@ -216,6 +219,7 @@ class _Numbers:
     "The numbers that workers are asked for next"
     def __iter__(self): return iter(self.todo)
 
+# %% ../../nbs/17b_data.batches.ipynb #c34829ca
 class StepLoader:
     "Batches `epoch*n … epoch*n+n-1` of a batch function"
     def __init__(self,

@@ -74,6 +74,7 @@ class Aligned:
     shot:np.ndarray  # (n,) int16: number of the shot
     crops:list       # (size,size,3) uint8 each; empty if they went to a sink
 
+# %% ../../nbs/13b_data.clip.ipynb #14932c82
 def align_frames(
     frames, # Iterable of (h,w,3) uint8
     mesh, # `FaceMesh` or `Replay`; it is reset
@@ -105,6 +106,7 @@ class PreprocessCfg:
     max_sound_gap:float=.5      # and clips whose sound ends this many seconds before the picture,
     min_level:float=-55.        # and clips never louder than this, in dB of full scale
 
+# %% ../../nbs/13b_data.clip.ipynb #962bfdf9
 class Rejected(LipSyncError):
     "A clip that cannot be used, and why"
     def __init__(self, kind, why, quality=None): super().__init__(why); self.kind,self.quality = kind,quality or {}
@@ -156,6 +158,7 @@ def judge_shots(
     ends = [0, *((np.diff(a.shot) != 0).nonzero()[0]+1).tolist(), len(a.shot)]
     return [dict(start=lo, end=hi, kind=k, reason=r) for lo,hi in zip(ends[:-1], ends[1:]) for k,r in [why(lo, hi)]]
 
+# %% ../../nbs/13b_data.clip.ipynb #de779b9b
 def judge(q:dict, shots:list, cfg:PreprocessCfg):
     "Raise `Rejected` where a clip is not good enough"
     def no(kind, why): raise Rejected(kind, why, q)
@@ -176,6 +179,7 @@ def _sharpness(crop): cv2 = need('cv2'); return float(cv2.Laplacian(cv2.cvtColor
 
 class _Several(Exception): "More than one face was seen"
 
+# %% ../../nbs/13b_data.clip.ipynb #eea40436
 def _counted(frames, counter):
     for f in frames:
         if counter(f): raise _Several
@@ -232,6 +236,7 @@ def source_of(clip:Clip, root)->dict:
     s = clip.path.stat()
     return dict(path=clip.path.relative_to(root).as_posix(), size=s.st_size, mtime_ns=s.st_mtime_ns, hash=hash_file(clip.path))
 
+# %% ../../nbs/13b_data.clip.ipynb #852f356d
 def process_clip(
     clip:Clip,
     root, # The collection, to name the source relative to it

@@ -54,6 +54,7 @@ def _crop_size(out_dir, folders):
         except (OSError, ValueError, KeyError, IndexError, EOFError): broken.append(f)
     return None, broken
 
+# %% ../../nbs/18_data.doctor.ipynb #054ea02a
 def examine(
     out_dir, # Folder of prepared clips
     preset:str='base', # What the collection shall be good for: demo, base or hd
@@ -80,6 +81,7 @@ def _panels(f):
         'speech (share of frames)': (g.speech_share, MUTE), 'loudest frame (dB)': (g.level, QUIET), 'clip (s)': (g.seconds, 2*f.need.t/FPS),
         'cuts': (g.cuts, None), 'face chosen': (g.chosen, None), 'offset an expert found (frames)': (g.offset + g.left, None)}
 
+# %% ../../nbs/18_data.doctor.ipynb #8adfd7e3
 def _bars(ax, x, w):
     "Film by value; few values that are no measurement get a bar each"
     ok = x.notna()
@@ -87,6 +89,7 @@ def _bars(ax, x, w):
     if x.dtype.kind != 'f' or x.name == 'cuts': s = w[ok].groupby(x[ok]).sum(); ax.bar([f'{o:g}' if isinstance(o, float) else o for o in s.index[:8]], s[:8])
     else: lo,hi = x[ok].quantile([.002,.998]); ax.hist(x[ok].clip(lo, hi), 30, weights=w[ok])
 
+# %% ../../nbs/18_data.doctor.ipynb #9384bec6
 def histograms(
     f:Facts,
 ): # A matplotlib figure
@@ -116,6 +119,7 @@ def picks(
         out[title] = [(o, caption.format(v)) for o,v in zip(s.folder, s[k])]
     return out
 
+# %% ../../nbs/18_data.doctor.ipynb #40da97d7
 def strip(
     folder, # A clip's folder
     n:int=4, # Crops
@@ -148,6 +152,7 @@ def person_table(
     rows = {p: dict(minutes=s/60, share=s/max(film.sum(), 1e-9), clips=int(n[p]), refused=int(bad.get(p, 0)), **mid[p], rough_offset=lag.get(p, np.nan)) for p,s in film.items()}
     return {p: {k: None if v != v else v for k,v in o.items()} for p,o in rows.items()} | {p: dict(minutes=0., share=0., clips=0, refused=int(k)) for p,k in bad.items() if p not in rows}
 
+# %% ../../nbs/18_data.doctor.ipynb #e76f1a65
 def reasons(
     clips:pd.DataFrame, # All clips
 )->dict: # Kind → `clips share examples`; an example is a path and why
@@ -161,6 +166,7 @@ SHOWN,MOST = 15,1000 # persons that are seen at once, and that are on the page a
 
 def _cell(k, v): return v if v is None or isinstance(v, int) else share(v) if 'share' in k else f"{v:{dict(minutes='.1f', jitter='.2f', offset='+.0f', left='+.0f', rough_offset='+.0f').get(k, '.0f')}}"
 
+# %% ../../nbs/18_data.doctor.ipynb #b810a434
 def _collection(f):
     g = f.good
     top = table({'in all': {'film': span(g.seconds.sum()), 'persons': len(f.film), 'clips': len(f.clips), 'accepted': len(g), 'accepted share': share(len(g)/len(f.clips)),
@@ -171,6 +177,7 @@ def _collection(f):
     return [top, text('Persons, most film first; figures are medians of their clips, offsets count frames (+ = the sound is late; rough: as loudness tells).'), table(rows[0], 'person'), rest,
         text(f'{len(t)-MOST:,} more persons are not shown.') if len(t) > MOST else '']
 
+# %% ../../nbs/18_data.doctor.ipynb #fa45a4c4
 def _refused(f):
     r = reasons(f.clips)
     if not r: return text('Nothing was refused.')
@@ -182,6 +189,7 @@ def _splits(f):
     return [table({k: {a: b for a,b in s[k].items() if a != 'windows'} | {f'windows of {t}': n for t,n in s[k]['windows'].items()} for k in SPLITS}, 'split'),
         text(f'Drawn by {s["by"]}, seed {s["seed"]}; {s["copies"]:,} clips left out as copies, {count(len(s["shared"]), "pair")} of clips share sound.')]
 
+# %% ../../nbs/18_data.doctor.ipynb #a595e82a
 def _loader(f):
     if not f.loader: return text(f.no_loader or 'Not measured.')
     o = f.loader

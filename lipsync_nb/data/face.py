@@ -33,6 +33,7 @@ def eye_centres(
     "Middle between the corners of each eye; lids and gaze do not move it"
     return np.stack([(lms[...,a,:] + lms[...,b,:])/2 for a,b in EYES], -2)
 
+# %% ../../nbs/11_data.face.ipynb #5cd6fa64
 def face_height(
     lms:np.ndarray, # Landmarks (...,478,2)
 )->np.ndarray: # (...,) pixels
@@ -51,6 +52,7 @@ def mouth_opening(
     "How far the mouth is open"
     return _per_eyes(lms, [INNER_LIPS])[...,0]
 
+# %% ../../nbs/11_data.face.ipynb #ddba8fc0
 def mouth_shape(
     lms:np.ndarray, # Landmarks (n,478,2)
 )->np.ndarray: # (n,3) float32: opening, width, height of the lips with what is between them
@@ -168,6 +170,7 @@ def fit_similarity(
     with np.errstate(invalid='ignore'): a = (w*z.conj()*d).sum(-1) / (w*np.abs(z)**2).sum(-1) # NaN where there is no face
     return _matrix(a, d0 - a*z0)
 
+# %% ../../nbs/11_data.face.ipynb #2bdbf54d
 def _matrix(a, b):
     "The map z → a·z + b as real (n,2,3) matrices"
     return np.stack([np.stack([a.real,-a.imag,b.real], -1), np.stack([a.imag,a.real,b.imag], -1)], -2)
@@ -206,6 +209,7 @@ def find_cuts(
     leap = (np.abs(np.diff(z)*a[1:]) > jump) | (np.abs(np.diff(np.log(np.abs(a)))) > .3)
     return at[1:][leap]
 
+# %% ../../nbs/11_data.face.ipynb #d67e12b8
 def _anchor(Ms):
     "Complex factor of each transform, and the source point that it brings to the template's centre"
     a,b = Ms[:,0,0] + 1j*Ms[:,1,0], Ms[:,0,2] + 1j*Ms[:,1,2]
@@ -235,6 +239,7 @@ def smooth_align(
         out[lo:hi] = _matrix(a, _CENTRE - a*(x + 1j*y))
     return out
 
+# %% ../../nbs/11_data.face.ipynb #16a65cf0
 def fit_align(
     lms:np.ndarray, # Landmarks (n,478,2) in source pixels; NaN where no face was found
     sigmas:tuple=SIGMAS, # Smoothing of scale, turn and position, in frames
@@ -294,6 +299,7 @@ def patch_crop(
     W = crop_matrix(M, size) @ np.vstack([P, [0,0,1]])
     return cv2.warpAffine(img, W, (size,size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
+# %% ../../nbs/11_data.face.ipynb #06cf38c1
 def warp_crop(
     frame:np.ndarray, # (h,w,3) uint8
     M:np.ndarray, # (2,3) source pixels → unit crop

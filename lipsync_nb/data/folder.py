@@ -29,6 +29,7 @@ def _server(root, pid):                                       # one connection f
     from fsspec.core import url_to_fs
     return url_to_fs(root)[0]
 
+# %% ../../nbs/12b_data.folder.ipynb #9782b1d9
 def read_bytes(
     path, # A path, or an address such as `s3://bucket/set/file`
     start:int=None, # First byte
@@ -116,6 +117,7 @@ def _unpack(q):
     q = np.cumsum(q, 0, dtype=np.int16)
     return np.where(q == _NONE, np.nan, q.astype(np.float32)/8)
 
+# %% ../../nbs/12b_data.folder.ipynb #949bc627
 def load_arrays(
     folder, # A clip's folder, or its address
     *names, # Which arrays; none = all of them
@@ -123,6 +125,7 @@ def load_arrays(
     "Arrays of `track.npz`; those that are not asked for are not unpacked"
     with np.load(io.BytesIO(read_bytes(f'{folder}/track.npz'))) as z: return {k: z[k] for k in names or z.files}
 
+# %% ../../nbs/12b_data.folder.ipynb #55323351
 def load_track(
     folder, # A clip's folder, or its address
 )->dict: # `landmarks transforms shape valid shot offsets`
@@ -137,6 +140,7 @@ def file_entry(path)->dict:
     "Size and hash of a file, as `meta.json` lists it"
     return dict(size=os.path.getsize(path), hash=hash_file(path))
 
+# %% ../../nbs/12b_data.folder.ipynb #4b257bf2
 def load_meta(
     folder, # A clip's folder
 )->dict: # `None` where there is none that can be read
@@ -145,6 +149,7 @@ def load_meta(
     except LipSyncError: return None
     return m if isinstance(m, dict) else None
 
+# %% ../../nbs/12b_data.folder.ipynb #a6b797a8
 def list_metas(
     out_dir, # Folder of prepared clips
 )->list: # `(folder, meta)` pairs, sorted; the meta is `None` where there is none that can be read
@@ -159,6 +164,7 @@ def _link(a, b):
     try: os.link(a, b)
     except OSError: shutil.copy2(a, b)                         # file systems without links
 
+# %% ../../nbs/12b_data.folder.ipynb #f9395bad
 def update_clip(
     folder, # A clip's folder
     files=None, # Name → function that writes the file at the path it is given
@@ -175,6 +181,7 @@ def update_clip(
         save_json(new, tmp/'meta.json')
     return new
 
+# %% ../../nbs/12b_data.folder.ipynb #a5ea5035
 def reject_clip(
     folder, # A clip's folder
     kind:str, # What is wrong, in a word or two

@@ -46,6 +46,7 @@ def find_runs(
     start = (valid & ~np.r_[False, same]).nonzero()[0]; end = (valid & ~np.r_[same, False]).nonzero()[0]+1
     return np.stack([start, end, shot[start]], 1).astype(np.int32)
 
+# %% ../../nbs/16_data.index.ipynb #6b2e5d7a
 def n_windows(
     runs:np.ndarray, # (k,3), or as the index holds them (3k,)
     t:int, # Frames a window
@@ -61,6 +62,7 @@ def _look(folder):
     except (OSError, ValueError, KeyError, EOFError) as e: raise LipSyncError(f'{folder} cannot be read ({type(e).__name__}); run lipsync_verify') from None
     return find_runs(t['valid'], t['shot']).ravel(), *prints(mel)
 
+# %% ../../nbs/16_data.index.ipynb #26c86aad
 def look(
     folders, # Clips' folders
     workers:int=0, # Processes; 0 = work in this one, as few clips always do
@@ -80,6 +82,7 @@ def recording(
     "What a clip was cut from: `ann/interview/000.mp4` → `ann/interview`"
     return source.rpartition('/')[0] if source.count('/') > 1 else source
 
+# %% ../../nbs/16_data.index.ipynb #8b788bfc
 def group(
     df:pd.DataFrame, # From `read_metas`
     by:str, # 'person' or 'source'
@@ -149,6 +152,7 @@ def _save(df, path):
     t = t.replace_schema_metadata({b'lipsync_nb': js.dumps(df.attrs, sort_keys=True).encode()})
     with atomic_path(path) as tmp: pq.write_table(t, tmp)
 
+# %% ../../nbs/16_data.index.ipynb #3e5f7335
 def load_index(
     out_dir, # Folder of prepared clips, or its address (`s3://…`)
 )->pd.DataFrame: # As `build_index` gave it; how it was drawn is in `.attrs`
@@ -173,6 +177,7 @@ def summary(
         windows={str(t): sum(n_windows(r, t) for r in o.runs) for t in LENGTHS})
     return {s: of(df[df.split == s]) for s in SPLITS} | {k: df.attrs[k] for k in ('by','seed','copies','shared')}
 
+# %% ../../nbs/16_data.index.ipynb #eb1c60ca
 @cli
 def lipsync_index(
     out_dir:Path, # Folder of prepared clips

@@ -28,6 +28,7 @@ def _sums(o, a):
         if ok.sum() > 15: x,y = x[ok]-x[ok].mean(),y[ok]-y[ok].mean(); out[k+REACH] = x@y,x@x,y@y
     return out
 
+# %% ../../nbs/12e_data.listen.ipynb #65a0c819
 def rough_offset(
     parts, # Pairs: mouth opening (n,), NaN where it is not known, and mel (4n,80)
 )->tuple: # Frames by which the sound is late (< 0: early), NaN if nothing stands out; and the correlation at every shift (2·REACH+1,)
@@ -64,6 +65,7 @@ def listen(
     names = good.person.unique(); names = names[np.linspace(0, len(names)-1, min(persons, len(names))).astype(int)]
     return pd.DataFrame([dict(person=p, **_listen(out_dir, g, seconds)) for p,g in good[good.person.isin(names)].groupby('person')], columns=['person','lag','treble_loss','broken'])
 
+# %% ../../nbs/12e_data.listen.ipynb #26f69858
 def _listen(out_dir, g, seconds):
     parts,broken,left = [],[],seconds
     for r in g.iloc[np.random.default_rng(0).permutation(len(g))].itertuples():

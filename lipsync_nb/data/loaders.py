@@ -26,6 +26,7 @@ def _number(path, word=''):
     try: return int(next(l for l in Path(path).read_text().splitlines() if l.startswith(word))[len(word):].split()[0])
     except (OSError, StopIteration, ValueError, IndexError): return None
 
+# %% ../../nbs/17_data.loaders.ipynb #021b3422
 def free_memory()->int: # Bytes; `None` where the system does not tell
     "Memory that can be had, within the limit of a container"
     have = _number('/proc/meminfo', 'MemAvailable:')
@@ -130,6 +131,7 @@ def _fits(self:ClipStore, share:float)->bool:
     free = free_memory()
     return free is None or self.cache_bytes*int(os.environ.get('LOCAL_WORLD_SIZE', 1)) <= share*free
 
+# %% ../../nbs/17_data.loaders.ipynb #b0871c1f
 @patch
 def _fill(self:ClipStore):
     if not self._fits(.9): raise LipSyncError(f'the {self.split} split of {self.out_dir} takes {self.cache_bytes/1e9:,.1f} GB in memory, but {free_memory()/1e9:,.1f} GB are free; say cache=False to read it from the files')
@@ -140,6 +142,7 @@ def _fill(self:ClipStore):
         for k in ('_track','_reader'): c.__dict__.pop(k)
     self.px,self._mel,self._shape = px,mel,shape; self._share()
 
+# %% ../../nbs/17_data.loaders.ipynb #b1cd3712
 @patch
 def _share(self:ClipStore):
     for c,lo,hi in zip(self.clips, self.first[:-1], self.first[1:]): c.px = self.px[lo:hi]
@@ -157,6 +160,7 @@ def clip_of(self:ClipStore,
     "Which clip a frame is of"
     return np.searchsorted(self.first, at, 'right')-1
 
+# %% ../../nbs/17_data.loaders.ipynb #b3f18486
 @patch
 def frames(self:ClipStore,
     at:np.ndarray, # (b,k) numbers of frames
@@ -178,6 +182,7 @@ def _stretch(self, start, lo, hi):
     a,b = self.first[clip][:,None],self.first[clip+1][:,None]
     return clip, np.clip(at, a, b-1), (at < a) | (at >= b)
 
+# %% ../../nbs/17_data.loaders.ipynb #57e1ce64
 @patch
 def sound(self:ClipStore,
     start:np.ndarray, # (b,) numbers of the first frames
@@ -193,6 +198,7 @@ def sound(self:ClipStore,
     if off.any(): mel[off] = SILENCE
     return out.view(len(start), -1, N_MELS)
 
+# %% ../../nbs/17_data.loaders.ipynb #2ccd32ae
 @patch
 def shapes(self:ClipStore,
     start:np.ndarray, # (b,) numbers of the first frames
@@ -243,12 +249,14 @@ def _rank(self:ClipStore, at):
     r = np.searchsorted(self.run_lo, at, 'right')-1
     return np.where(r < 0, 0, self.before[r] + np.clip(at-self.run_lo[r], 0, self.run_hi[r]-self.run_lo[r]))
 
+# %% ../../nbs/17_data.loaders.ipynb #970e4e05
 @patch
 def _usable(self:ClipStore, k):
     "The usable frame that `k` others come before"
     r = np.searchsorted(self.before, k, 'right')-1
     return self.run_lo[r] + k-self.before[r]
 
+# %% ../../nbs/17_data.loaders.ipynb #e2c5ba1c
 @patch
 def references(self:ClipStore,
     start:np.ndarray, # (b,) first frames of the windows

@@ -36,6 +36,7 @@ def offset_curve(
         if len(i) >= 5: out[k+reach] = (v[i]*a[i+k]).sum(-1).mean().item()
     return out
 
+# %% ../../nbs/47_data.offset.ipynb #5df7eb9d
 def read_curve(
     curve:np.ndarray, # From `offset_curve`
 )->tuple: # Offset in frames, > 0 where the sound is late, and confidence, 0 to 1
@@ -68,6 +69,7 @@ def _shifted(mel, k):
     else: out[m:] = mel[:len(mel)-m]
     return out
 
+# %% ../../nbs/47_data.offset.ipynb #ee3bcc1b
 def shift_sound(
     folder, # A prepared clip's folder
     k:int, # Frames by which the sound is late; it is moved earlier by as many
@@ -104,6 +106,7 @@ def correct_offsets(
     for f,m in track(todo, 'measuring'): _correct(model, f, m, who, most, sure, measure_only, s)
     return s
 
+# %% ../../nbs/47_data.offset.ipynb #7d338aac
 def _correct(model, folder, meta, who, most, sure, measure_only, s):
     "One clip of `correct_offsets`; counts in `s`"
     k,conf,_ = measure_offset(model, folder); before = meta.get('sync', {}).get('offset', 0)
@@ -132,6 +135,7 @@ def lipsync_offset(
     print_offsets(s)
     if json: save_json(s, json)
 
+# %% ../../nbs/47_data.offset.ipynb #c7b656b7
 def print_offsets(s:dict):
     "Print what `correct_offsets` found"
     print(f"{s['measured']} of {s['clips']} clips measured: {s['corrected']} corrected, {s['rejected']} rejected, {s['unsure']} left as they are for want of confidence")

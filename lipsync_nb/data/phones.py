@@ -61,6 +61,7 @@ def _open_textgrid(path):
         raise LipSyncError(f'{path} is no TextGrid, or a torn one ({" ".join(str(e).split())[:80] or type(e).__name__}); write it again') from None
     return {t.name: (t.entries, t.maxTimestamp) for t in tg.tiers if t.tierType == 'IntervalTier'}
 
+# %% ../../nbs/12d_data.phones.ipynb #429020c4
 def _phone_tier(tiers, path, speaker):
     "The tier of phones, of all those in the file"
     names = {k: m for k in tiers if (m := re.fullmatch(r'(?:(.+?)\s*-\s*)?phon(?:e|eme)s?', k.strip(), re.I))}
@@ -90,12 +91,14 @@ def find_textgrid(
     p = Path(textgrids)/Path(clip).relative_to(root) if textgrids else Path(clip)
     return next((o for s in ('.TextGrid','.textgrid') if (o := p.with_suffix(s)).is_file()), None)
 
+# %% ../../nbs/12d_data.phones.ipynb #60d07eb1
 def find_transcript(
     clip, # The source video
 )->Path: # `None` where there is none
     "The transcript of a clip: `clip.lab` or `clip.txt` beside it"
     return next((o for s in ('.lab','.txt') if (o := Path(clip).with_suffix(s)).is_file()), None)
 
+# %% ../../nbs/12d_data.phones.ipynb #db3ca7f6
 def read_transcript(path)->str:
     "What is said in a clip, in one line"
     try: text = Path(path).read_text(encoding='utf-8-sig')

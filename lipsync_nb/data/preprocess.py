@@ -46,6 +46,7 @@ def _task(clip, root, out, cfg):
     cfg = PreprocessCfg(**cfg)
     return is_done(clip, out, cfg_hash(cfg)) or process_clip(clip, root, out, cfg)
 
+# %% ../../nbs/14_data.preprocess.ipynb #c0526c0a
 def _results(todo, root, out, cfg, workers, scheduler):
     "Prepare `todo`, here, in worker processes or on other machines; yields each `meta.json`"
     if not workers and not scheduler: yield from (process_clip(c, root, out, cfg) for c in todo); return
@@ -68,8 +69,10 @@ def _work(root, out, cfg, persons=None, limit=None):
     h = cfg_hash(cfg)
     return sorted(((c, is_done(c, out, h)) for c in clips), key=lambda o: (-_size(o[0].path), o[0])) # nobody waits for a straggler
 
+# %% ../../nbs/14_data.preprocess.ipynb #d6bf91e0
 def _size(p): return p.stat().st_size if p.exists() else 0
 
+# %% ../../nbs/14_data.preprocess.ipynb #d65f15e5
 def preprocess(
     root, # Folder of person folders
     out, # Folder for the prepared clips
@@ -103,6 +106,7 @@ def plan(root, out, cfg=PreprocessCfg(), persons=None, limit=None):
     full = sum(not todo for _,todo in count.values()); todo = sum(t for _,t in count.values())
     print(f'{todo} of {len(work)} clips to do, {sum(_size(c.path) for c,m in work if not m)/1e6:.1f} MB; {full} of {len(names)} persons are complete')
 
+# %% ../../nbs/14_data.preprocess.ipynb #07ba5fbb
 @cli
 def lipsync_preprocess(
     data_dir:Path, # Folder of person folders

@@ -27,6 +27,7 @@ def _bases():
     rows -= w*rows.sum(0)/w.sum()
     return bands.astype(np.float32), (rows/np.linalg.norm(rows, axis=0)).astype(np.float32)
 
+# %% ../../nbs/12c_data.prints.ipynb #251dbec2
 def movements(
     mel:np.ndarray, # (n,80), as `mel_spectrogram` makes it
 )->np.ndarray: # (n-47,24) float32; 1 is usual for speech
@@ -47,6 +48,7 @@ def telling(
     "Rows in which the sound moves enough to be recognised"
     return np.abs(m).mean(1) > .3
 
+# %% ../../nbs/12c_data.prints.ipynb #205ef368
 def prints(
     mel:np.ndarray, # (n,80)
 )->tuple[np.ndarray,np.ndarray]: # Keys (k,) uint64 and their rows (k,) int32
@@ -110,6 +112,7 @@ def same_sound(
         out.append((i, j, (rows+SPAN-1)/100)); home[home == home[j]] = home[i]
     return out
 
+# %% ../../nbs/12c_data.prints.ipynb #3d8b03a7
 def joined(
     n:int, # How many there are
     pairs, # `(i, j, …)` of those that belong together

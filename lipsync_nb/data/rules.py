@@ -47,6 +47,7 @@ def _row(folder, m):
         chosen=next((c for c in ('largest','speaks') if any(s.get('chosen') == c for s in shots)), 'alone'),
         expert=str(sync.get('expert', '')), offset=float(sync.get('offset', np.nan)), left=float(sync.get('measured', np.nan)), **{k: float(q.get(k, np.nan)) for k in FIGURES})
 
+# %% ../../nbs/17c_data.rules.ipynb #33383d69
 def read_clips(
     out_dir, # Folder of prepared clips
 )->pd.DataFrame: # A row for each clip, accepted or not, sorted: folder person clip status kind reason … and the `FIGURES`
@@ -78,6 +79,7 @@ class Facts:
         "Seconds of each person, most first"
         return self.good.groupby('person').seconds.sum().sort_values(ascending=False, kind='stable')
 
+# %% ../../nbs/17c_data.rules.ipynb #b9d548c0
 RULES = {} # name → function of `Facts` that gives a mark and a sentence
 def rule(f):
     "Make a function one of the `RULES`"
@@ -98,6 +100,7 @@ def span(seconds)->str:
     "A length of film"
     return count(round(seconds/3600), 'hour') if seconds >= 36000 else f'{seconds/3600:.1f} hours' if seconds >= 3600 else f'{seconds/60:.1f} minutes'
 
+# %% ../../nbs/17c_data.rules.ipynb #8667716d
 def some(
     names, # Names, the most telling first
     most:int=3, # Names to tell
@@ -109,6 +112,7 @@ def some(
 # %% ../../nbs/17c_data.rules.ipynb #ce124b26
 def _grade(x, few=FEW, many=MANY): return 'warn' if x > many else 'note' if x > few else 'ok'
 
+# %% ../../nbs/17c_data.rules.ipynb #06a8e4ab
 def weak(
     f:Facts,
     mask:pd.Series, # Which of the accepted clips have the weakness
@@ -137,6 +141,7 @@ def amount(f):
     return 'warn', (f'{has}; the preset {f.preset} wants about {o.hours:g} hours and {o.persons} persons. With less, the expert learns its clips by heart '
                     'and knows nothing of others: add film, or use the preset demo for a trial.')
 
+# %% ../../nbs/17c_data.rules.ipynb #d8b11ffd
 @rule
 def balance(f):
     "Does one person make up too much of it?"
@@ -145,6 +150,7 @@ def balance(f):
     mark = _grade(part, ONE[0] if n > 8 else ONE[1], ONE[1])
     return mark, f'{who} holds {share(part)} of the film' + ('.' if mark == 'ok' else ', and windows are drawn in proportion to it: the model will be good at this one. Give the others more film, or take some of it away.')
 
+# %% ../../nbs/17c_data.rules.ipynb #114e483d
 @rule
 def kept(f):
     "How many clips were refused?"
@@ -162,6 +168,7 @@ def whole(f):
     if f.broken: return 'warn', f'Damaged: {count(len(f.broken), "clip")} of the few that were opened ({some(f.broken)}); run lipsync_verify --repair, then lipsync_preprocess.'
     return 'ok', 'All clips were prepared with the same settings.'
 
+# %% ../../nbs/17c_data.rules.ipynb #52c8d686
 @rule
 def crop_size(f):
     "Are the crops as large as the preset wants them?"
@@ -170,6 +177,7 @@ def crop_size(f):
     fits = [p for p,o in NEEDS.items() if o.size == f.size]
     return 'stop', f'The crops have {f.size} pixels, the preset {f.preset} paints {f.need.size}: prepare again with --size {f.need.size}' + (f', or train {" or ".join(fits)}.' if fits else '.')
 
+# %% ../../nbs/17c_data.rules.ipynb #0fdff93a
 @rule
 def length(f):
     "Are the clips long enough for the windows?"
@@ -192,6 +200,7 @@ def face(f):
     return weak(f, f.good.face_px < px, f'Faces lower than {px:.0f} pixels, which a crop of {f.need.size} enlarges more than {ENLARGED:g} times',
         f'The generator learns to paint this blur: leave them out (lipsync_preprocess --min_face {px:.0f}), find better copies of the film' + (', or use a preset with smaller crops.' if f.need.size > 96 else '.'), FEW, .25)
 
+# %% ../../nbs/17c_data.rules.ipynb #286b7fee
 @rule
 def turned(f):
     "Do the faces show their mouths, and not always from the same side?"
@@ -199,6 +208,7 @@ def turned(f):
     if len(t) and t.quantile(.95) < FRONTAL: return 'note', f'Heads hardly turn: in 95% of the clips less than {FRONTAL:g}° to the side. The model will not know other views; add film in which people move, if it shall.'
     return weak(f, t > PROFILE, f'Faces turned more than {PROFILE:g}° to the side in a tenth of their frames', 'Half of such a mouth is hidden; leave them out unless profiles shall be dubbed.')
 
+# %% ../../nbs/17c_data.rules.ipynb #52584505
 @rule
 def blurred(f):
     "Is the film sharp?"
@@ -231,6 +241,7 @@ def speech(f):
     "Does somebody speak?"
     return weak(f, f.good.speech_share < MUTE, f'Clips with speech in fewer than {MUTE:.0%} of their frames', 'There is little to learn from silence; leave them out, or keep some, so that the model learns to shut its mouth.')
 
+# %% ../../nbs/17c_data.rules.ipynb #1019ee7b
 @rule
 def quiet_sound(f):
     "Can they be heard?"
@@ -241,6 +252,7 @@ def ends(f):
     "Do sound and picture last equally long?"
     return weak(f, f.good.sound_gap.abs() > APART, f'Sound that ends more than {APART:g} s before or after its picture', 'Often they were cut apart, and are out of step from the start: listen to some, and correct them (lipsync_offset).')
 
+# %% ../../nbs/17c_data.rules.ipynb #0b9033fa
 @rule
 def telephone(f):
     "Is the sound whole?"
@@ -265,6 +277,7 @@ def offset(f):
     if n > 1: return 'note', f'{done} It was not always the same expert who measured, but {n}.'
     return ('ok', done) if len(known) == len(g) else ('note', f'{done} Not measured: {len(g)-len(known):,} of {count(len(g), "clip")}; run lipsync_offset.')
 
+# %% ../../nbs/17c_data.rules.ipynb #a695118d
 @rule
 def rough(f):
     "The same, as far as loudness tells"
@@ -289,6 +302,7 @@ def copies(f):
     if pairs: return 'note', f'Clips of different persons that share sound: {count(len(pairs), "pair")} ({some(f"{a} = {b}" for a,b,_ in pairs)}). It is one person under two names, or the same music; they stay in one split.'
     return 'ok', 'No file is there twice.'
 
+# %% ../../nbs/17c_data.rules.ipynb #8593a2c3
 @rule
 def index(f):
     "Is there an index, of these clips?"
@@ -299,6 +313,7 @@ def index(f):
     if new: return 'warn', f'The index does not list all clips: {len(new):,} are missing ({some(sorted(new))}); run lipsync_index again.'
     return 'ok', 'The index lists all clips.'
 
+# %% ../../nbs/17c_data.rules.ipynb #e389cf76
 @rule
 def splits(f):
     "Can progress be measured, on what training never saw?"

@@ -20,6 +20,7 @@ def thumbnail(
     h,w = frame.shape[:2]
     return need('cv2').resize(frame[::max(h//72, 1), ::max(w//128, 1), 1], (32,18), interpolation=need('cv2').INTER_AREA)
 
+# %% ../../nbs/11b_data.shots.ipynb #e6672a2a
 _LAGS = 4 # a disturbance of fewer frames is no shot
 
 def picture_change(
@@ -30,6 +31,7 @@ def picture_change(
     for k in range(_LAGS): out[k+1:,k] = np.abs(t[k+1:]-t[:-k-1]).mean((1,2))
     return out
 
+# %% ../../nbs/11b_data.shots.ipynb #53b612d3
 def find_picture_cuts(
     change:np.ndarray, # (n,4) as `picture_change` gives it
     least:float=10., # Smallest change that may be a cut
@@ -91,11 +93,13 @@ class Track:
         out = np.full((n,N_POINTS,2), np.nan, np.float32); out[self.at] = self.lms
         return out
 
+# %% ../../nbs/11b_data.shots.ipynb #5abc0c4c
 def _apart(a, b):
     "How far two faces are from being the same a moment later: their distance in face heights, and the change in size"
     h = face_height(a); move = eye_centres(a).mean(0) - eye_centres(b).mean(0)
     return np.hypot(*move)/h + abs(np.log(face_height(b)/h))
 
+# %% ../../nbs/11b_data.shots.ipynb #056039a4
 def link_faces(
     found, # For each frame, a list of landmarks (478,2)
     cuts=(), # Frames at which a new shot begins
@@ -124,6 +128,7 @@ def _smooth(x, σ):
 
 def _pace(x): return _smooth(x, .7) - _smooth(x, 4)       # what changes in some tenths of a second
 
+# %% ../../nbs/11b_data.shots.ipynb #a298261d
 def speaking(
     lms:np.ndarray, # Landmarks (n,478,2), NaN where the face was not seen
     levels:np.ndarray, # (n,) dB: loudness of each frame
@@ -175,6 +180,7 @@ def follow_faces(
         how.append((a, max(map(len, found[a:b])), rule))
     return lms, how
 
+# %% ../../nbs/11b_data.shots.ipynb #923d7d6f
 class Replay:
     "Landmarks that are known already, given out frame by frame as a `FaceMesh` would"
     def __init__(self,

@@ -27,6 +27,7 @@ class Clip:
     name:str   # The clip's path below it, without suffix; folders joined by `__`
     path:Path  # The file
 
+# %% ../../nbs/10_data.structure.ipynb #dbde9aae
 def _walk(root):
     "Video files below `root`, and `(kind, path, detail)` of what stands in the way; links are followed, circles are not"
     files,wrong,seen = [],[],set()
@@ -58,6 +59,7 @@ def _scan(root):
     wrong += [('empty person', d, 'no clip below it') for d in sorted(root.iterdir()) if d.is_dir() and d.name[0] != '.' and d.name not in have]
     return sorted(clips), wrong
 
+# %% ../../nbs/10_data.structure.ipynb #220bc7b4
 def find_clips(
     root, # Folder of person folders
 )->list: # Of `Clip`, sorted by person and name
@@ -74,6 +76,7 @@ def _refusal(path, e):
     except PermissionError: return 'no permission', f'{path} may not be read; ask for the right to'
     except OSError: return 'unreadable', str(e)
 
+# %% ../../nbs/10_data.structure.ipynb #5df1f3c2
 def _has_frame(path):
     "Is there a frame after all? Asked only where the header counts none, as that of a film that was streamed"
     try:
@@ -102,6 +105,7 @@ def _hash(path):
     try: return hash_file(path)
     except OSError: return None                              # `check_clip` says so
 
+# %% ../../nbs/10_data.structure.ipynb #ef7af4a2
 def find_twins(
     paths, # Files; the first of equals is the one that stays
     threads:int=4, # Files to read at a time
@@ -125,6 +129,7 @@ def _check_all(clips, min_seconds, threads):
     "What `check_clip` says of each"
     with ThreadPoolExecutor(threads) as ex: return list(track(ex.map(lambda c: check_clip(c, min_seconds), clips), 'checking', len(clips)))
 
+# %% ../../nbs/10_data.structure.ipynb #80af88aa
 def check_struct(
     root, # Folder of person folders
     min_seconds:float=MIN_SECONDS, # Shorter clips are a problem
@@ -173,6 +178,7 @@ def print_table(
     for r in (head, *cut): print('  '.join(c.ljust(w) if i == 0 else c.rjust(w) for i,(c,w) in enumerate(zip(r, ws))).rstrip())
     if len(rows) > most: print(f'… and {len(rows)-most} more')
 
+# %% ../../nbs/10_data.structure.ipynb #90b9810c
 def print_findings(
     found, # Dicts with `path` and `detail`
     most:int=5, # Findings to print

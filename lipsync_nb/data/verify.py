@@ -55,6 +55,7 @@ def _check_track(folder, m):
     if any(valid[s['start']:s['end']].any() for s in shots if s['kind']): return 'would use frames of shots that were refused'
     if not all(np.isfinite(t[k][valid]).all() for k in ('transforms','shape')): return 'has usable frames that were not measured'
 
+# %% ../../nbs/15_data.verify.ipynb #8a60054c
 def _check_crops(folder, m):
     r = CropReader(folder)
     for i in range(len(r)):
@@ -63,6 +64,7 @@ def _check_crops(folder, m):
         if not i: first = s
         if s != first or s[0] != s[1]: return f'has a picture of {s[1]} × {s[0]} pixels, number {i}; the first has {first[1]} × {first[0]}'
 
+# %% ../../nbs/15_data.verify.ipynb #84942cc4
 def _check_mel(folder, m):
     a = np.load(folder/'mel.npy')
     if (a.shape, a.dtype) != ((MPF*m['n_frames'],N_MELS), np.float16): return f'holds {a.dtype} of shape {a.shape}, not float16 of {(MPF*m["n_frames"],N_MELS)}'
@@ -175,6 +177,7 @@ def remove_broken(
 # %% ../../nbs/15_data.verify.ipynb #349ae906
 def _brief(m): return m and {k: m.get(k) for k in ('status','kind','n_valid','config_hash')} # a tenth of the memory, for tens of thousands of clips
 
+# %% ../../nbs/15_data.verify.ipynb #90e428c8
 def _why(clip, folder, m, last):
     "What is the matter with a clip; '' if it is done, with the settings used last"
     if m: return '' if last in (None, m['config_hash']) else 'other settings'
@@ -186,6 +189,7 @@ def _why(clip, folder, m, last):
     src = m.get('source', {})
     return 'files gone' if (src.get('size'), src.get('mtime_ns')) == (s.st_size, s.st_mtime_ns) else 'source changed'
 
+# %% ../../nbs/15_data.verify.ipynb #f82b9435
 def _made(folder):
     "When a clip was prepared; crops keep their time when a second pass changes the folder"
     p = folder/'crops.avi'
@@ -217,6 +221,7 @@ def orphans(
     keys = {(c.person,c.name) for c in find_clips(data_dir)}
     return [f for f in _folders(Path(out_dir))[0] if (f.parent.name,f.name) not in keys and (m := load_meta(f)) and gone(m)]
 
+# %% ../../nbs/15_data.verify.ipynb #f58c6499
 def missing(
     data_dir, # Folder of person folders
     out_dir, # Folder of prepared clips

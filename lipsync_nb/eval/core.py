@@ -39,6 +39,7 @@ class Job(NamedTuple):
     features:str = None
     identity:str = None
 
+# %% ../../nbs/59_eval.core.ipynb #36458049
 def load_nets(scorer=None, features=None, identity=None):
     "Networks by the paths of their files, loaded once in a process"
     return [None if p is None else _net(k, p) for k,p in (('scorer',scorer), ('features',features), ('identity',identity))]
@@ -49,6 +50,7 @@ def _desk(job):
     "What is loaded once in a process: rows, scorer, feature net, identity net"
     return Rows(load_model(job.checkpoint, Generator), job.data, job.split), *load_nets(job.scorer, job.features, job.identity)
 
+# %% ../../nbs/59_eval.core.ipynb #31173831
 def phones_of(
     folder, # A prepared clip
     lo:int, hi:int, # Frames of the take

@@ -66,6 +66,7 @@ EQUAL = 100. # dB of frames that are equal
 def _images(crops): return torch.from_numpy(np.ascontiguousarray(crops)).permute(0,3,1,2).float().div_(255)
 def _score(x, dropped=0): return Score(x.mean().item() if len(x) else math.nan, len(x), dropped)
 
+# %% ../../nbs/56_eval.judge.ipynb #e54dbfab
 def picture_scores(
     real:np.ndarray, # Crops (n,s,s,3) uint8
     made:np.ndarray, # Crops (n,s,s,3) uint8
@@ -90,6 +91,7 @@ def face_flow(
     g = [cv2.cvtColor(np.ascontiguousarray(c), cv2.COLOR_RGB2GRAY) for c in crops]
     return torch.from_numpy(np.stack([dis.calc(b, a, None) for a,b in zip(g[:-1], g[1:])])).permute(0,3,1,2)
 
+# %% ../../nbs/56_eval.judge.ipynb #602253a3
 def flicker(
     real:np.ndarray, # Crops (n,s,s,3) uint8
     made:np.ndarray, # Crops (n,s,s,3) uint8
@@ -185,11 +187,13 @@ class Judged:
     feats:dict   = field(default_factory=dict) # 'real' and 'made' → features (k,d) float32, with a feature net
     failed:str   = ''                          # why it could not be judged
 
+# %% ../../nbs/56_eval.judge.ipynb #687bbdb0
 @lru_cache(4)
 def _net(kind, path):
     "A network, loaded once a process"
     return dict(scorer=load_scorer, identity=IdentityNet, features=feature_net)[kind](path)
 
+# %% ../../nbs/56_eval.judge.ipynb #5b3840b7
 def judge_pair(
     pair:Pair,
     scorer=None, # Path of a scorer's file, for sync
@@ -226,6 +230,7 @@ def in_order(
         kept[i] = r
         while at in kept: yield kept.pop(at); at += 1
 
+# %% ../../nbs/56_eval.judge.ipynb #c7ec06cc
 def judge_many(
     pairs, # `Pair`s, from `read_pairs`
     scorer=None, # Path of a scorer's file, for sync

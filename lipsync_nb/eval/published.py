@@ -133,6 +133,7 @@ def odd_entries(
     odd = [k for k in here if k not in there and not k.endswith('num_batches_tracked')] + [str(k) for k in there if k not in here]
     return odd + [k for k in here if k in there and getattr(there[k], 'shape', None) != here[k].shape]
 
+# %% ../../nbs/53_eval.published.ipynb #7152ed48
 def load_published(
     path, # The file of weights, `syncnet_v2.model`
     map_location='cpu', # Device to put it on

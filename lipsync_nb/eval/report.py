@@ -65,6 +65,7 @@ def cell(
     bounds = '' if s.get('lo') is None else f' [{fmt(float(s["lo"]))},\xa0{fmt(float(s["hi"]))}]'
     return fmt(float(s['value'])) + bounds
 
+# %% ../../nbs/58_eval.report.ipynb #e0a12715
 def heading(
     m:str, # Name of a metric
 )->str:

@@ -55,6 +55,7 @@ def face_tools()->tuple: # `FaceMesh` and `FaceCounter`
     if not hasattr(_mine, 'tools'): need('cv2').setNumThreads(1); _mine.tools = FaceMesh(),FaceCounter()
     return _mine.tools
 
+# %% ../../nbs/55_eval.seen.ipynb #c3ddfc27
 def see_crops(
     crops:np.ndarray, # (n,s,s,3) uint8, aligned
     mel:np.ndarray=None, # (4n,80)
@@ -69,6 +70,7 @@ def see_crops(
     lms[~valid[:len(lms)]] = np.nan
     return Seen(crops, None if mel is None else np.asarray(mel, np.float32), lms, valid, shot, heard, wav)
 
+# %% ../../nbs/55_eval.seen.ipynb #33b16a0e
 def see_folder(
     folder, # A prepared clip: `person/clip` of what `lipsync_preprocess` made
 )->Seen:
@@ -85,6 +87,7 @@ def _ends(path):
             if p.size and p.pts is not None: last = max(last, float((p.pts+(p.duration or 0))*p.time_base))
         return last, ((c.duration or 0) + (c.start_time or 0))/av.time_base if c.duration else 0.
 
+# %% ../../nbs/55_eval.seen.ipynb #e1375b97
 def check_film(
     path, # A file
 ): # `VideoInfo`
@@ -100,6 +103,7 @@ def check_film(
 # %% ../../nbs/55_eval.seen.ipynb #25103631
 def _frames(path): return (f for _,f in read_frames(path, FPS, threads=1))
 
+# %% ../../nbs/55_eval.seen.ipynb #5fc4817e
 def align_film(
     path, # A video
     size:int=96, # Crop size
@@ -129,6 +133,7 @@ def _patches(a:Aligned):
         if seen: M = fit_similarity(lms[None,STABLE])[0]
         yield M
 
+# %% ../../nbs/55_eval.seen.ipynb #4e1b7647
 def crop_like(
     path, # A video
     a:Aligned, # How another one was cropped
@@ -154,6 +159,7 @@ def _fine(mel, w=31):
     p = np.cumsum(np.pad(x, ((r+1,r),(0,0)), 'edge'), 0, dtype=np.float64)
     return x - (p[w:]-p[:-w])/w
 
+# %% ../../nbs/55_eval.seen.ipynb #f532b926
 def sound_match(
     a:np.ndarray, # Mel spectrogram (k,80)
     b:np.ndarray, # Mel spectrogram (m,80)
@@ -179,6 +185,7 @@ def _shift(real, made):
     d = np.linalg.norm(a.mean(1)-b.mean(1), axis=-1)/np.linalg.norm(a[:,0]-a[:,1], axis=-1)
     return float(np.median(d[ok])) if (ok := np.isfinite(d)).any() else float('nan')
 
+# %% ../../nbs/55_eval.seen.ipynb #adb408da
 def _why(c):
     "The account's exceptions in words"
     plural = lambda n, what: f'{n} {what}{"s" if n != 1 else ""}'
@@ -234,6 +241,7 @@ class Pair:
     audio:Path  = None
     phones:Path = None
 
+# %% ../../nbs/55_eval.seen.ipynb #79d3c851
 COLUMNS = ('real','made','audio','person','name','phones')
 
 def read_phones(
@@ -265,6 +273,7 @@ def _rows(text):
         if w not in (r.fieldnames or ()): yield 1, f'has no column called {w}; the columns are {", ".join(COLUMNS)}'; return
     for o in r: yield r.line_num, 'has more fields than there are columns' if None in o else o
 
+# %% ../../nbs/55_eval.seen.ipynb #acf7c277
 def _pair(row, base):
     "A `Pair`, or a sentence on what is wrong with it"
     if isinstance(row, str): return row
@@ -279,6 +288,7 @@ def _pair(row, base):
     except LipSyncError as e: return str(e)
     return Pair(row.get('name') or files['made'].stem, row.get('person') or files['real'].resolve().parent.name, **files)
 
+# %% ../../nbs/55_eval.seen.ipynb #ec0e2efd
 def read_pairs(
     file, # CSV or JSON lines
 )->list: # Of `Pair`

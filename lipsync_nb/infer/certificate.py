@@ -98,6 +98,7 @@ def read_pem(
     except OSError as e: raise LipSyncError(f'{path} cannot be read ({e.strerror}); give a PEM file') from None
     except ValueError: raise LipSyncError(f'{path} holds no certificate in PEM form; convert it, for instance with openssl') from None
 
+# %% ../../nbs/50k_infer.certificate.ipynb #9b67e7ab
 def _read_key(path):
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
     try: return load_pem_private_key(Path(path).read_bytes(), None)
@@ -132,6 +133,7 @@ def c2pa_context(
     return c2pa.Context(c2pa.Settings.from_dict(dict(trust=trust, core=_PIECES if pieces else {}, builder=dict(thumbnail=dict(enabled=False)),
         verify=dict(remote_manifest_fetch=False, ocsp_fetch=False, verify_after_sign=False))))
 
+# %% ../../nbs/50k_infer.certificate.ipynb #bf3240c9
 HARMLESS = {'signingCredential.untrusted','signingCredential.expired'} # …to what was signed
 
 def failures(
@@ -147,6 +149,7 @@ def _name(leaf):
     from cryptography.x509 import NameOID
     return next((o.value for o in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)), leaf.subject.rfc4514_string())
 
+# %% ../../nbs/50k_infer.certificate.ipynb #ec9bafdc
 def _trial(own):
     "What the library has against a certificate, or ''"
     c2pa,a,b = c2pa_library('cannot sign'),BytesIO(),BytesIO()
@@ -157,6 +160,7 @@ def _trial(own):
         with c2pa.Reader('image/jpeg', b, context=c2pa_context()) as r: return '; '.join(f['explanation'] for f in failures(json.loads(r.json())))
     except c2pa.C2paError as e: return str(e)
 
+# %% ../../nbs/50k_infer.certificate.ipynb #9e2b95dc
 def read_certificate(
     cert, # PEM file: your certificate, and those between it and its root
     key=None, # PEM file of its private key; `None` = it is in the same file
@@ -204,6 +208,7 @@ def _stored(folder):
     own.local = True
     return own
 
+# %% ../../nbs/50k_infer.certificate.ipynb #5e063055
 def local_certificate()->Certificate:
     "The certificate of this computer's user, made if there is none; safe for several processes at once"
     c2pa_library('cannot make a certificate')

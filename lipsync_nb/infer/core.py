@@ -51,6 +51,7 @@ class Plan:
     @property
     def ticks(self): return np.rint(self.t*self.look.tick).astype(np.int64)
 
+# %% ../../nbs/51_infer.core.ipynb #42946759
 def mix_sounds(
     paths:list, # Sound files, or videos with sound
 )->tuple[Spool,int]: # (n,1 or 2), and the sample rate: that of the first
@@ -69,6 +70,7 @@ def mix_sounds(
 class LipSync(Lips):
     "A generator, loaded once, that dubs films"
 
+# %% ../../nbs/51_infer.core.ipynb #eea51eef
 @patch
 def plan(self:LipSync,
     video, # A video, a picture, or what `scout` found in one
@@ -106,6 +108,7 @@ def segments(
     k = max(1, int(n/size + .5))
     return [(i*size, n if i == k-1 else (i+1)*size) for i in range(k)]
 
+# %% ../../nbs/51_infer.core.ipynb #2e4b8dd7
 @patch
 def render(self:LipSync,
     p:Plan, # From `plan`
@@ -128,6 +131,7 @@ def render(self:LipSync,
         for (a,b),f in zip(todo[first:], files[first:]): self._segment(p, a, b, f, chain(list(tail), pics), expert, watch, coding, how, bar)
     return files
 
+# %% ../../nbs/51_infer.core.ipynb #e3e78917
 def _remember(it, tail):
     for x in it: tail.append(x); yield x
 
@@ -171,6 +175,7 @@ def _check_output(output, inputs, report=None):
     for p in inputs:
         if output.exists() and _same(output, p): raise LipSyncError(f'{output} is also an input; choose another name for the output')
 
+# %% ../../nbs/51_infer.core.ipynb #90cb3723
 def face_boxes(
     p:Plan, # From `LipSync.plan`
     k:int, # Which face
@@ -184,6 +189,7 @@ def face_boxes(
         out.append([s, *np.rint(c.min(0)).astype(int).tolist(), *np.rint(c.max(0)).astype(int).tolist()])
     return out
 
+# %% ../../nbs/51_infer.core.ipynb #082d1382
 def make_report(
     p:Plan, # From `LipSync.plan`
     watch:Stopwatch, # Seconds of each stage
@@ -212,6 +218,7 @@ def fingerprint(self:LipSync)->str: # 12 hex digits
         self._print = h.hexdigest()
     return self._print
 
+# %% ../../nbs/51_infer.core.ipynb #da56fa45
 @patch
 def _job(self:LipSync, video, audio, options):
     "All that a dub depends on"
@@ -220,6 +227,7 @@ def _job(self:LipSync, video, audio, options):
     return dict(version=__version__, generator=self.fingerprint, engine=type(self.engine).__name__, batch=self.batch, refs=self.refs, device=str(self.device), torch=torch.__version__, voice=voice_detector(),
         inputs=[file(o) for o in (video, *audio)], options={k: str(v) for k,v in options.items()})
 
+# %% ../../nbs/51_infer.core.ipynb #e24734d8
 @patch
 def _scene(self:LipSync, video, folder, resume):
     "What is in the film: as an interrupted run has found it, or by looking"
@@ -234,6 +242,7 @@ def _scene(self:LipSync, video, folder, resume):
 def _plain(path): # A name with a colon is a protocol to FFmpeg, unless it is absolute
     return path if isinstance(path, Scene) else Path(os.path.abspath(path)) if ':' in str(path) else Path(path)
 
+# %% ../../nbs/51_infer.core.ipynb #9d433aeb
 @patch
 def dub(self:LipSync,
     video, # A video, a picture, or what `scout` found in one
@@ -280,6 +289,7 @@ def dub(self:LipSync,
         if note: save_json(rep, note)
     return rep
 
+# %% ../../nbs/51_infer.core.ipynb #d11733a7
 @patch
 def _sync(self:LipSync, p, expert, files):
     "What the expert has seen"

@@ -44,6 +44,7 @@ def _runs(f):
         with torch.inference_mode(),torch.autocast(self.device.type, torch.bfloat16, enabled=self.half): return _float(f(self, *args, **kw))
     return inner
 
+# %% ../../nbs/50e_infer.engine.ipynb #0ccabdda
 class TorchEngine:
     "A generator that PyTorch runs"
     def __init__(self,
@@ -67,6 +68,7 @@ def encode_audio(self:TorchEngine,
     "Listen"
     return self.gen.encode_audio(mel.to(self.device))
 
+# %% ../../nbs/50e_infer.engine.ipynb #60eb4300
 @patch
 @_runs
 def encode_refs(self:TorchEngine,
@@ -75,6 +77,7 @@ def encode_refs(self:TorchEngine,
     "Look at the person"
     return self.gen.encode_refs(refs.to(self.device))
 
+# %% ../../nbs/50e_infer.engine.ipynb #836891e2
 @patch
 @_runs
 def hear(self:TorchEngine,
@@ -97,6 +100,7 @@ def paint(self:TorchEngine,
     "Paint the mouth of every frame"
     return self.gen.paint(frames.to(self.device), ident, tokens, c, shape)
 
+# %% ../../nbs/50e_infer.engine.ipynb #00a0d23b
 @patch
 @_runs
 def smooth(self:TorchEngine,
@@ -125,6 +129,7 @@ def _reader(wav):
         return x
     return read
 
+# %% ../../nbs/50e_infer.engine.ipynb #a20c9151
 def mel_frames(
     wav, # (m,) float32 at 16 kHz, or a function `(first, end)` that gives samples, fewer where the sound ends
     a:int, # First video frame; may lie before the sound
@@ -150,6 +155,7 @@ def pieces(
         b = min(a+2*size, 2*n)
         yield max(a-back, 0)//step*step,min(-(-(b+ahead)//2)*2, 2*n),a,b
 
+# %% ../../nbs/50e_infer.engine.ipynb #b9b069a3
 @torch.inference_mode()
 def encode_long(
     engine, # `TorchEngine` or `OnnxEngine`
@@ -183,6 +189,7 @@ def rehearse(
     ident = engine.encode_refs(x)
     return lambda: engine.smooth(engine.paint(x, ident, tokens, cfg.fusion.k).transpose(0, 1))
 
+# %% ../../nbs/50e_infer.engine.ipynb #aa26ea1f
 @patch
 def frame_bytes(self:TorchEngine,
     n:int=4, # Frames in the trial

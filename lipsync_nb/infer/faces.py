@@ -55,6 +55,7 @@ def _number(owner, marks):
         if who[j] >= 0: first.setdefault(int(who[j]), len(first))
     return np.array([first.get(int(k), -1) for k in owner], np.int32)
 
+# %% ../../nbs/50c_infer.faces.ipynb #80e1577f
 def _tracks(notes, cuts):
     "Link the notes, and leave out flickers"
     t = link_notes(notes, cuts); size = np.bincount(t, minlength=1)
@@ -62,6 +63,7 @@ def _tracks(notes, cuts):
     keep = (size[t] >= 3) | ~long
     return keep, np.unique(t[keep], return_inverse=True)[1].astype(np.int32)
 
+# %% ../../nbs/50c_infer.faces.ipynb #4aa00bbc
 def _group(notes, tracks, shots, good):
     "Persons of the tracks, and everybody's likeness to the one who is seen most and largest"
     at = [(tracks == k).nonzero()[0] for k in range(tracks.max(initial=-1)+1)]
@@ -93,6 +95,7 @@ def scene(self:Lookout)->Scene:
     owner[~np.isin(owner, list(shown))] = -1
     return Scene(self.film, rising(self.times), self.shape, set(cuts.tolist()), marks, _number(owner, marks), alike, pictures)
 
+# %% ../../nbs/50c_infer.faces.ipynb #4569d3f3
 def scout(
     film, # A video or a picture, or a `Film`
     size:int=96, # Pixels of the generator's crops
@@ -134,6 +137,7 @@ class Face:
     cuts:set             # Frames with which nothing may be carried over from the frame before
     picks:list = field(default_factory=list) # [(first frame of the shot, person, by what it was chosen)]
 
+# %% ../../nbs/50c_infer.faces.ipynb #130dd027
 def _fill(x, segments, σ=1.):
     "Bridge and lightly smooth (n,…) values, segment by segment; NaN where a segment has none"
     flat = x.reshape(len(x), -1)
@@ -175,6 +179,7 @@ def face(self:Scene,
         if not why[i] and person[i] not in known: why[i] = WHY[-1]
     return Face(Ms, _bridge(why, segments), person, _fill(jaw, segments), _at_most(seen, person), opening, cuts, list(picks))
 
+# %% ../../nbs/50c_infer.faces.ipynb #1f657b59
 def _at_most(seen, person, cap=64):
     "Thin the pictures of each person evenly"
     out = []
@@ -254,6 +259,7 @@ def _speakers(scene, casts, main):
     def undecided(cast): return next((o for k in often if (o := _person(cast, k, 'speaks elsewhere'))[0]), None) or ((max(_steady(cast), key=lambda c: c['height']),'largest') if cast else (None,''))
     return [o or undecided(cast) for o,cast in zip(out, casts)]
 
+# %% ../../nbs/50c_infer.faces.ipynb #f10e36d0
 FACES = 'largest','left','right','speaker','all'
 
 @patch
@@ -291,6 +297,7 @@ def save(self:Scene,
         np.savez(f, **{k:getattr(self, k) for k in _ARRAYS}, shape=self.shape, cuts=np.array(sorted(self.cuts), int), bytes=os.path.getsize(self.film.path),
             at=np.array(at, int), sizes=np.array([i.shape for i in imgs]), mats=np.stack(mats), pixels=np.concatenate([i.ravel() for i in imgs]))
 
+# %% ../../nbs/50c_infer.faces.ipynb #0a0413f3
 @patch(cls_method=True)
 def load(cls:Scene,
     path, # What `save` wrote

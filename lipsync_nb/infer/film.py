@@ -89,6 +89,7 @@ def to_and_fro(
     keep = t < seconds - 1e-6; keep[0] = True
     return at[keep].astype(float),t[keep]
 
+# %% ../../nbs/50_infer.film.ipynb #e284ae2f
 def _eased(times, seconds, ease):
     "At a steady rate, slowing down towards each turn as a ball does that is thrown up"
     n,T = len(times),times[-1]; gap = T/(n-1); e = min(ease, T/4); t = np.arange(max(1, int(np.ceil(seconds/gap - 1e-6))))*gap
@@ -110,6 +111,7 @@ def _read_block(path, times, i, j):
             if k >= i: out[k] = Picture(f)
     return out
 
+# %% ../../nbs/50_infer.film.ipynb #47663c94
 @patch
 def walk(self:Film,
     times:np.ndarray, # (n,) seconds of all frames
@@ -124,6 +126,7 @@ def walk(self:Film,
         if len(hand) > 3: del hand[next(iter(hand))]
         if i == list(pairs[k])[-1]: yield hand[i] if len(pairs[k]) == 1 else hand[lo[k]].mix(hand[hi[k]], at[k]-lo[k])
 
+# %% ../../nbs/50_infer.film.ipynb #487da391
 def _needs(pairs):
     "Number of the picture, frame that it needs, and whether that must be decoded"
     hand = {}
@@ -133,6 +136,7 @@ def _needs(pairs):
             hand[i] = True
             if len(hand) > 3: del hand[next(iter(hand))]
 
+# %% ../../nbs/50_infer.film.ipynb #b288dcb4
 @patch
 def _legs(self:Film, times, at):
     "Whole frames, in legs that run one way"
@@ -197,6 +201,7 @@ def sound_zero(
         try: return next(f.time for f in c.decode(v) if f.time is not None)
         except (StopIteration, av.error.FFmpegError): return _origin(c)
 
+# %% ../../nbs/50_infer.film.ipynb #54119044
 HOLE = .04 # Seconds that may be missing in a sound track before silence is put there
 
 def _pieces(path, c, layout, sr):
@@ -215,6 +220,7 @@ def _pieces(path, c, layout, sr):
     except av.error.FFmpegError as e:
         raise LipSyncError(f'the sound of {path} is damaged ({e.strerror}); copy it again or extract it anew') from None
 
+# %% ../../nbs/50_infer.film.ipynb #cf079ae6
 def read_sound(
     path, # A sound file, or a video with sound
     sr:int=None, # Sample rate; `None` = its own, or 48 kHz where AAC does not know it

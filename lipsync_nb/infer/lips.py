@@ -40,6 +40,7 @@ class Refs:
 
     def share(self, i): return float(np.clip((self.mid-i)/(2*self.fade)+.5, 0, 1)) # Share of `late` in frame `i`'s identity
 
+# %% ../../nbs/50i_infer.lips.ipynb #21a0f7ca
 def pick_refs(
     index:list, # Frames that may serve, in order
     opening:list, # Their mouths' opening
@@ -94,6 +95,7 @@ class Voice:
     tokens:Spool            # (k,d): from `CTX` frames before the film's start to as many after its end
     gate:np.ndarray=None    # (m,) speech or not, 0 to 1, every 10 ms; `None` = do not ask
 
+# %% ../../nbs/50i_infer.lips.ipynb #6d22d21a
 @patch
 def listen(self:Lips,
     audio, # A sound file, a video with sound, or (n,) float32 at 16 kHz
@@ -127,6 +129,7 @@ def _mix(early, late, w):
     if isinstance(early, torch.Tensor): return torch.lerp(early, late, w.view(-1, *(1,)*(early.ndim-1)).to(early))
     return type(early)(_mix(a, b, w) for a,b in zip(early, late))
 
+# %% ../../nbs/50i_infer.lips.ipynb #87575ce8
 @patch
 def _look(self:Lips, face, seen):
     "References among `seen`, and their features for frames"
@@ -137,6 +140,7 @@ def _look(self:Lips, face, seen):
     refs.frames = [index[j] for j in (*refs.early, *refs.late)]
     return refs, lambda at: _mix(early, late, torch.tensor([refs.share(i) for i in at]))
 
+# %% ../../nbs/50i_infer.lips.ipynb #86007fba
 @patch
 def know(self:Lips,
     face:Face, # Which one
@@ -164,6 +168,7 @@ def paint(self:Lips,
         y = self.engine.smooth(raw, prev)[0].clamp(0, 1)
         return list((y*255).round().byte().permute(0,2,3,1).cpu().numpy()), raw[:,-1:]
 
+# %% ../../nbs/50i_infer.lips.ipynb #7db61a57
 def crop_of(
     pic:Picture, # A frame
     M:np.ndarray, # (2,3) source pixels → unit crop
@@ -213,12 +218,14 @@ class Part:
     fresh:np.ndarray    # (n,) bool: does a stretch begin with it?
     closed:tuple        # Shape of the closed mouth
 
+# %% ../../nbs/50i_infer.lips.ipynb #91128113
 @patch
 def rest(self:Lips)->np.ndarray: # (3,) opening, width, height of the lips over the distance between the eyes
     "The mouth that the generator makes of silence"
     tokens = torch.cat(list(encode_long(self.engine, np.zeros(2*SR, np.float32), 2*FPS, CTX)))
     return self.engine.hear(_take(tokens.cpu(), token_rows([1.])).to(self.device), CTX)[0,0].cpu().numpy()
 
+# %% ../../nbs/50i_infer.lips.ipynb #b79cb962
 @patch
 def part(self:Lips,
     face:Face, # Which face
@@ -270,6 +277,7 @@ def frames(self:Lips,
                 if p.weight[i+lo] > 0: self._speak(batch, i, lo, hi, at, t, p, state, openness, watch, None if k else seen)
         yield from batch
 
+# %% ../../nbs/50i_infer.lips.ipynb #03ef63f5
 @patch
 def _speak(self:Lips, batch, i, lo, hi, at, t, p, state, openness, watch, seen):
     "Paint a run of one face into `batch`, whose first frame is number `i`"

@@ -28,6 +28,7 @@ def views(
 
 def _reduced(f, k): return need('cv2').resize(f, (f.shape[1]//k,f.shape[0]//k), interpolation=need('cv2').INTER_AREA)
 
+# %% ../../nbs/50b_infer.lookout.ipynb #12d19084
 class Finder:
     "Finds faces in pictures that are just large enough; use it as a context manager"
     def __init__(self,
@@ -51,6 +52,7 @@ class Finder:
         self.height = min(map(face_height, lms), default=None)
         return list(zip(lms, looks))
 
+# %% ../../nbs/50b_infer.lookout.ipynb #4dbbfab9
 def _distinct(lms):
     "Leave out a face that lies on another one"
     mid = [l.mean(0) for l in lms]

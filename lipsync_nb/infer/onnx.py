@@ -41,6 +41,7 @@ def _paint(g, frames, windows, shape, vec, *feats):
 
 def _smooth(g, painted, last): return g.smooth(painted[:,None], last[:,None])[:,0]
 
+# %% ../../nbs/50f_infer.onnx.ipynb #6f7d25ba
 class _Part(nn.Module):
     "A function of a generator, as a module"
     def __init__(self, g, f):
@@ -71,6 +72,7 @@ def need_onnx(
     try: return [import_module(o) for o in names]
     except ImportError as e: raise LipSyncError(f'ONNX needs {e.name or names[0]}; `pip install "lipsync_nb[onnx]"` brings it') from None
 
+# %% ../../nbs/50f_infer.onnx.ipynb #7f228c4c
 def export_part(
     gen:Generator, # As `for_inference` gives it, with the attention's backend 'chunk', on the CPU
     name:str, # One of `onnx_parts`
@@ -99,6 +101,7 @@ def _provider(device):
     if gpu and 'CUDAExecutionProvider' not in have: raise LipSyncError('this onnxruntime runs on the CPU only; install onnxruntime-gpu in its place, or choose the device cpu')
     return ('CUDAExecutionProvider', {'device_id':torch.device(device or 'cuda').index or 0}) if gpu else ('CPUExecutionProvider', {})
 
+# %% ../../nbs/50f_infer.onnx.ipynb #31b50038
 def _session(path, threads, provider):
     ort = need_onnx('onnxruntime')[0]
     o = ort.SessionOptions()
@@ -119,6 +122,7 @@ def _settings(path, checkpoint):
         if not f.is_file() or hash_file(f)!=h: raise LipSyncError(f'{f} is missing or damaged; delete {path} and export again')
     return o
 
+# %% ../../nbs/50f_infer.onnx.ipynb #fa041030
 class OnnxEngine:
     "A generator that onnxruntime runs"
     def __init__(self,
@@ -149,6 +153,7 @@ def encode_audio(self:OnnxEngine,
     if mel.shape[1]%MPF or not mel.shape[1]: raise ValueError(f'mel: expected {MPF} rows a video frame, got {mel.shape[1]} rows')
     return self._call('audio', mel)[0]
 
+# %% ../../nbs/50f_infer.onnx.ipynb #93e1bb32
 @patch
 def encode_refs(self:OnnxEngine,
     refs:Tensor, # (b,r,3,size,size) in [0,1]
@@ -159,6 +164,7 @@ def encode_refs(self:OnnxEngine,
     vec,*feats = (o.unflatten(0, refs.shape[:2]).mean(1) for o in self._call('refs', refs.flatten(0, 1)))
     return feats,vec
 
+# %% ../../nbs/50f_infer.onnx.ipynb #42a08390
 @patch
 def hear(self:OnnxEngine,
     tokens:Tensor, # (b,2*(t+2c),d) from `encode_audio`
@@ -186,6 +192,7 @@ def paint(self:OnnxEngine,
     feats = [per_frame(f, b*t) for f in feats]
     return self._call('paint', frames.flatten(0, 1), windows, shape, vec.repeat_interleave(t, 0), *feats)[0].unflatten(0, (b,t))
 
+# %% ../../nbs/50f_infer.onnx.ipynb #c63747d9
 @patch
 def smooth(self:OnnxEngine,
     painted:Tensor, # (b,t,3,size,size) from `paint`
@@ -214,6 +221,7 @@ def parity(
     def film(e): return e.smooth(e.paint(x, e.encode_refs(x), e.encode_audio(mel), k).transpose(0, 1)).cpu()
     return (film(a)-film(b)).abs().max().item()
 
+# %% ../../nbs/50f_infer.onnx.ipynb #841deb29
 def export_onnx(
     gen, # A `Generator`, or the checkpoint of one
     path, # Folder to write
@@ -244,6 +252,7 @@ def onnx_home(
     from lipsync_nb.sample import cache_folder                            # brings all that training needs
     return cache_folder()/'onnx'/beside.name
 
+# %% ../../nbs/50f_infer.onnx.ipynb #39592cf9
 def load_engine(
     checkpoint, # A trained generator, a .safetensors file
     engine:str='torch', # 'torch' or 'onnx'

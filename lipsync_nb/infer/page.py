@@ -65,6 +65,7 @@ def _card(title, *parts):
     box = W.VBox([W.HTML(f'<h2>{title}</h2>'), *parts]); box.add_class('ls-card')
     return box
 
+# %% ../../nbs/52c_infer.page.ipynb #32bcf525
 @patch
 def _build(self:App):
     "Make the widgets"
@@ -87,6 +88,7 @@ def _wire(self:App):
     self.inbox.observe(lambda o: o['new'] and self._arrived(o['new']), 'value')
     self.go.on_click(lambda _: self.start()); self.stop.on_click(lambda _: self.work.cancel())
 
+# %% ../../nbs/52c_infer.page.ipynb #ee6410c3
 @patch
 def _lay_out(self:App):
     "Put the widgets in their places"
@@ -95,6 +97,7 @@ def _lay_out(self:App):
     self.box = W.VBox([head, two, self.faces, _card('How', self.generator, sheet), row, self.progress, self.message, self.done, self.inbox])
     for w,c in ((self.box,'ls-page'), (two,'ls-two'), (row,'ls-row')): w.add_class(c)
 
+# %% ../../nbs/52c_infer.page.ipynb #874a585f
 @patch
 def _show_progress(self:App, at):
     self.progress.value = say_progress(at)
@@ -118,6 +121,7 @@ def choose(self:App,
     self.cards[slot].chosen.value = player(path, address(self._within(path), self.home, self.web), about, heard=slot == 'audio')
     if slot == 'video': self.work(self._scout, path)
 
+# %% ../../nbs/52c_infer.page.ipynb #fca2fc4a
 @patch
 def _about(self:App, slot, path):
     "One line about a file, or a sentence on why it will not do"
@@ -135,6 +139,7 @@ def _within(self:App, path):
     link = self.home/'up'/secrets.token_hex(4)/path.name; link.parent.mkdir(); link.symlink_to(path)
     return link
 
+# %% ../../nbs/52c_infer.page.ipynb #05665032
 @patch
 def _arrived(self:App, note):
     "The browser says that it has uploaded a file"
@@ -150,6 +155,7 @@ def _scout(self:App, path, size=None):
     if self.video == path: self.scene,self.scene_size = scene,size; self._show_faces()
     return scene
 
+# %% ../../nbs/52c_infer.page.ipynb #f7e07d09
 @patch
 def _show_faces(self:App):
     "Show who was found, to be picked"
@@ -160,6 +166,7 @@ def _show_faces(self:App):
     self.strip.children = list(self.tiles.values()); (self.faces.remove_class if who else self.faces.add_class)('ls-hide')
     if who: self.pick(tiles[0][0])
 
+# %% ../../nbs/52c_infer.page.ipynb #ffce3584
 @patch
 def _sounds(self:App): return not self.scene.film.still and probe(self.scene.film.path).has_audio
 
@@ -172,6 +179,7 @@ def _tile(self:App, face, name, pic):
     if pic is None: t.add_class('ls-plain')
     return t
 
+# %% ../../nbs/52c_infer.page.ipynb #5b927d78
 @patch
 def pick(self:App,
     face:str, # 'largest', 'speaker', 'all', or a person's number: one of `tiles`
@@ -190,6 +198,7 @@ def checkpoint(self:App)->Path:
     if not name or not self.paths: raise LipSyncError('Choose a generator: name the file of a trained checkpoint (.safetensors).')
     return Path(name).expanduser().absolute()
 
+# %% ../../nbs/52c_infer.page.ipynb #34ef7417
 @patch
 def model(self:App, path):
     "A generator, loaded once"
@@ -210,6 +219,7 @@ def start(self:App):
         self.work(self._dub, self.video, self.audio, self.face, self.checkpoint(), {k: w.value for k,w in self.options.items()})
     except LipSyncError as e: self.say('stop', str(e))
 
+# %% ../../nbs/52c_infer.page.ipynb #3a672ac4
 @patch
 def _dub(self:App, video, audio, face, checkpoint, options):
     lip = self.model(checkpoint)

@@ -69,6 +69,7 @@ def fine(
     "Detail finer than about one and a half crop pixels"
     return x - need('cv2').GaussianBlur(x, (0,0), max(.6, .75*scale))
 
+# %% ../../nbs/50g_infer.paste.ipynb #a6008653
 def detail_ratio(
     film:np.ndarray, # (h,w) float32: `fine` detail of the film's brightness in the region
     painted:np.ndarray, # (h,w) float32: that of what is painted
@@ -93,6 +94,7 @@ def paste_box(
     (x0,y0),(x1,y1) = np.clip(lo-lo%2, 0, (w,h)),np.clip(hi+hi%2, 0, (w,h))
     return int(y0), int(y1), int(x0), int(x1)
 
+# %% ../../nbs/50g_infer.paste.ipynb #1e1d26a8
 class Paster:
     "Lays the painted crops of one face back into its film, frame after frame"
     def __init__(self,

@@ -30,6 +30,7 @@ def take_look(
     c = cv2.warpAffine(picture, crop_matrix(M, s), (s,s), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     return cv2.resize(c, (LOOK,LOOK), interpolation=cv2.INTER_AREA)
 
+# %% ../../nbs/50a_infer.persons.ipynb #e605c87b
 def note_faces(
     frame, # (k,) number of the frame
     lms, # (k,478,2) landmarks in source pixels
@@ -130,6 +131,7 @@ class Linker:
             self.live[pairs[j]] = frame,eyes,h
         return [pairs[j] for j in range(len(faces))]
 
+# %% ../../nbs/50a_infer.persons.ipynb #3173996d
 def link_notes(
     notes:np.ndarray, # (k,) of `NOTE`, frames rising
     cuts=(), # Frames at which a new shot begins
@@ -155,6 +157,7 @@ def exemplars(
     x -= x.mean(1, keepdims=True)
     return x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
 
+# %% ../../nbs/50a_infer.persons.ipynb #b6d7e755
 def likeness(a:np.ndarray, b:np.ndarray)->float: # -1 to 1
     "How alike two tracks are, from their exemplars"
     return float((a @ b.T).max())
@@ -164,6 +167,7 @@ def _may_join(t, others, span):
     "Two tracks that are seen at once are two persons"
     return all(span[t][1] < span[o][0] or span[o][1] < span[t][0] for o in others)
 
+# %% ../../nbs/50a_infer.persons.ipynb #a4ed6d86
 def group_tracks(
     looks:list, # Of `exemplars`, for each track
     span:list, # Of `(first, last)` frame of each track
@@ -235,6 +239,7 @@ def oddness(
     far = np.linalg.norm(x - np.median(x, 0), axis=-1).clip(max=.8)
     return far[:,_MOUTH].mean(1) - far[:,_ABOVE].mean(1)
 
+# %% ../../nbs/50a_infer.persons.ipynb #03357dff
 def find_covered(
     looks:np.ndarray, # (k,L,L,3) uint8 of one track
     most:int=500, # Frames that share a usual look

@@ -40,6 +40,7 @@ def _like(f, w, h, name=None):
     out.colorspace,out.color_range,out.color_trc,out.color_primaries = f.colorspace,f.color_range,f.color_trc,f.color_primaries
     return out
 
+# %% ../../nbs/49_infer.picture.ipynb #3c84395c
 _FULL = 2                                                       # colour range 0…255 (JPEG), as FFmpeg numbers it
 
 def _planar(f):
@@ -95,6 +96,7 @@ def _lying(self:Picture, box):
     t,b,l,r = box; h,w = self.frame.height,self.frame.width
     return [(t,b,l,r), (l,r,w-b,w-t), (h-b,h-t,w-r,w-l), (h-r,h-l,t,b)][self.turn]
 
+# %% ../../nbs/49_infer.picture.ipynb #28a1f22e
 @patch
 def luma(self:Picture,
     box:tuple, # `(top, bottom, left, right)`, half-open, at even places
@@ -103,6 +105,7 @@ def luma(self:Picture,
     t,b,l,r = self._lying(box); y = _planes(self.frame)[0][t:b,l:r].astype(np.float32)
     return np.ascontiguousarray(np.rot90(y/4 if self.frame.format.name.endswith('10le') else y, self.turn))
 
+# %% ../../nbs/49_infer.picture.ipynb #af2ffe85
 @patch
 def _part(self:Picture, box):
     "A part of the frame, as a frame; `box` has even places"
@@ -138,6 +141,7 @@ def _signal(kind):
     e = np.linspace(0, 1, 4096)
     return ((_pq if kind == 'PQ' else _hlg)(e)/203).astype(np.float32), e.astype(np.float32)
 
+# %% ../../nbs/49_infer.picture.ipynb #c66c0cd4
 _TO_2020 = np.linalg.inv(_TO_709).astype(np.float32)
 
 def untone(
@@ -162,6 +166,7 @@ def _to_planes(rgb, like, hdr, before):
     out = f.reformat(format=like.format.name, dst_colorspace=_SWS.get(like.colorspace, 5), dst_color_range=_FULL if like.color_range == _FULL else 1)
     return _planes(out), out
 
+# %% ../../nbs/49_infer.picture.ipynb #52354fe4
 _SWS = {1:1, 4:4, 5:5, 6:5, 7:7, 9:9, 10:9}                     # a frame's matrix, as FFmpeg's converter numbers it; unknown = BT.601, as when decoding
 
 def _blend(old, new, α):
@@ -170,6 +175,7 @@ def _blend(old, new, α):
     if old.dtype == np.uint8: return cv2.blendLinear(np.ascontiguousarray(old), np.ascontiguousarray(new), 1-α, α)
     return np.rint(old + α*(new.astype(np.float32)-old))
 
+# %% ../../nbs/49_infer.picture.ipynb #a0f5194c
 @patch
 def lay(self:Picture,
     box:tuple, # `(top, bottom, left, right)` of the upright picture, half-open
@@ -196,6 +202,7 @@ def lay(self:Picture,
         roi[:] = _blend(roi, n, a)
     return out
 
+# %% ../../nbs/49_infer.picture.ipynb #7572eeec
 @patch
 def _copy(self:Picture):
     out = Picture.__new__(Picture); out.turn,out.frame = self.turn,_like(self.frame, self.frame.width, self.frame.height)
@@ -232,6 +239,7 @@ class Look:
     @property
     def deep(self): return self.format.endswith('10le')
 
+# %% ../../nbs/49_infer.picture.ipynb #b1a1db4c
 def look_of(
     pic:Picture, # A film's first picture
     aspect=None, # Width to height of a pixel

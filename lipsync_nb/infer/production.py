@@ -240,6 +240,7 @@ def run_batch(
 # %% ../../nbs/52_infer.production.ipynb #14e280cf
 def _span(s): return f'{s:.0f} s' if s < 90 else f'{s/60:.0f} min' if s < 5400 else f'{s/3600:.1f} h'
 
+# %% ../../nbs/52_infer.production.ipynb #157a61ca
 def estimate(
     jobs:list, # All jobs of the list
     todo:list, # Those left

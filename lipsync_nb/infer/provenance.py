@@ -44,6 +44,7 @@ def _sha256(path):
         while b := f.read(1 << 20): h.update(b)
     return h.hexdigest()
 
+# %% ../../nbs/50l_infer.provenance.ipynb #c0826454
 def _builder(claim, source=None, still=False, pieces=False):
     "A manifest ready to be signed, and why its source could not be read ('' if it was)"
     c2pa,ctx = c2pa_library('cannot sign'),c2pa_context(pieces=pieces)
@@ -77,6 +78,7 @@ def _tell_action(a):
     return dict(action=a['action'].removeprefix('c2pa.'), kind=(a.get('digitalSourceType') or '').rpartition('/')[2], when=a.get('when'),
         by=agent if isinstance(agent, str) else ' '.join(filter(None, (agent.get('name'), agent.get('version')))), description=a.get('description') or '')
 
+# %% ../../nbs/50l_infer.provenance.ipynb #d54326cc
 def _history(store, label):
     "One manifest of the store and, below it, those of its ingredients"
     m = store['manifests'][label]
@@ -88,6 +90,7 @@ def _history(store, label):
         generator=' '.join(filter(None, (gen.get('name'), gen.get('version')))), model=next((a['data'].get('fingerprint') for a in said if a['label'] == f'{_OURS}.model'), None),
         actions=acts, ingredients=src)
 
+# %% ../../nbs/50l_infer.provenance.ipynb #d8898099
 def _ingredient(store, o):
     "What a manifest says about one of its ingredients"
     label = o.get('active_manifest')
@@ -169,6 +172,7 @@ def _unsigned(path, out, why):
         with atomic_path(out) as tmp: shutil.copyfile(path, tmp)
     return dict(kind='comment' if MARK in _note(path) else 'none', why=why)
 
+# %% ../../nbs/50l_infer.provenance.ipynb #c70be395
 def mark_video(
     path, # The finished film, `.mp4`
     out, # Where to write it with its mark; may be `path` itself
@@ -216,6 +220,7 @@ def _tell_signer(m):
     if m['when']: yield f"  {'time-stamped' if m['stamped'] else 'dated by the signer'} {m['when']}"
     if m['expired']: yield '  the certificate has expired; whether it was valid then cannot be told'
 
+# %% ../../nbs/50l_infer.provenance.ipynb #63549dd2
 def tell_mark(
     seen:dict, # What `check_mark` found
 )->list[str]:

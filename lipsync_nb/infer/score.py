@@ -53,6 +53,7 @@ def _embed(self:Watcher):
         self.v.append(self.expert.embed_video(x.to(next(self.expert.parameters()).device)).cpu().numpy()); self.starts += s
     self.wait = []
 
+# %% ../../nbs/50j_infer.score.ipynb #419ca4a9
 @patch
 def result(self:Watcher)->tuple: # (w,) slots at which windows begin, (w,d) float32 embeddings
     "What was seen"
@@ -86,6 +87,7 @@ def judge_lips(
     return dict(offset=offset, sure=round(sure, 3), agreement=round(float(at.mean()), 3),
         seconds=[[int(s), round(float(at[starts//FPS == s].mean()), 3)] for s in np.unique(starts//FPS)])
 
+# %% ../../nbs/50j_infer.score.ipynb #4019c980
 def load_judge(
     path, # Checkpoint of a sync expert
     device='cpu', # Where to run it

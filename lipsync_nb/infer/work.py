@@ -39,6 +39,7 @@ def work_folder(
         if not keep: shutil.rmtree(folder, ignore_errors=True)
         lock.release()
 
+# %% ../../nbs/50m_infer.work.ipynb #bcc2bf1c
 def _clear(folder, job):
     "Throw away what is not the work of this job"
     note = folder/'job.json'; job = json.loads(json.dumps(job, default=str))
@@ -56,6 +57,7 @@ def spare_core():
     try: yield
     finally: torch.set_num_threads(n)
 
+# %% ../../nbs/50m_infer.work.ipynb #7295ccd3
 _WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EPERM, errno.EACCES} # what a disk may say
 
 @contextmanager

@@ -25,6 +25,7 @@ def _encoder(look, crf, preset, lossless):
         return 'libx265', {'preset':preset, 'x265-params':more, 'tag':'hvc1'}
     return 'libx264', {'preset':preset, **({'qp':'0'} if lossless else {'crf':str(crf)})}
 
+# %% ../../nbs/50h_infer.writer.ipynb #52518735
 class PartWriter:
     "Encodes a stretch of a film, pictures only, into an MP4 that appears when it is whole"
     def __init__(self,
@@ -80,11 +81,13 @@ def _packets(parts):
             for r,k in zip(rank, (k for k in c.demux(c.streams.video[0]) if k.size)): yield n+int(r), k
         n += len(pts)
 
+# %% ../../nbs/50h_infer.writer.ipynb #2eed18db
 def _disorder(parts):
     "How many frames later than its turn any packet comes"
     with av.open(os.path.abspath(parts[0])) as c: pts = np.array([k.pts for k in c.demux(c.streams.video[0]) if k.size])
     return max(2, int((np.arange(len(pts)) - np.argsort(np.argsort(pts))).max()))
 
+# %% ../../nbs/50h_infer.writer.ipynb #ca5f5d81
 class _Sound:
     "Encodes a sound, as far as it is wanted, into an open container"
     def __init__(self, c, sound, sr):

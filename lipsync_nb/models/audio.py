@@ -103,6 +103,7 @@ class AudioEncoder(CfgModule):
         for layer in self.layers: x = layer(x, rot, key_mask)
         return self.norm(x)
 
+# %% ../../nbs/22_models.audio.ipynb #a9b73a3c
 def _check_mel(mel, cfg):
     check_shape(mel, f'b,n,{cfg.n_mels}', 'mel')
     if not mel.is_floating_point(): raise ValueError(f'mel: expected a floating-point type, got {mel.dtype}')
@@ -157,6 +158,7 @@ def give(self:_LiveLayer, end): # Has the sound ended? Then nobody waits → tok
     self._forget()
     return x
 
+# %% ../../nbs/22_models.audio.ipynb #cdec17e1
 @patch
 def _forget(self:_LiveLayer): # Keys and values that no coming token sees
     back = self.start-self.at

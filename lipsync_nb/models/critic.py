@@ -129,6 +129,7 @@ def look(self:Critic,
     scores,feats = zip(*(s(x, sound) for s,x in zip(self.scales, sizes)))
     return list(scores),[f for fs in feats for f in fs]
 
+# %% ../../nbs/28_models.critic.ipynb #5e258916
 @patch
 def forward(self:Critic,
     clip:Tensor, # Whole aligned crops (b,t,3,h,w) in [0,1]
@@ -138,6 +139,7 @@ def forward(self:Critic,
     scores,feats = self.look(clip, self.hear(clip, mel))
     return (scores,feats) if features else scores
 
+# %% ../../nbs/28_models.critic.ipynb #ee227776
 @patch
 def score(self:Critic,
     clip:Tensor, # (b,t,3,h,w)
@@ -147,6 +149,7 @@ def score(self:Critic,
     maps = self(clip, mel=mel)
     return sum(m.flatten(1).mean(1) for m in maps)/len(maps)
 
+# %% ../../nbs/28_models.critic.ipynb #0765c151
 @patch
 def features(self:Critic,
     clip:Tensor, # (b,t,3,h,w)

@@ -26,6 +26,7 @@ def mask_of(
     "The painted region of a crop"
     return torch.from_numpy(mouth_mask(size)).bool()
 
+# %% ../../nbs/25_models.decoder.ipynb #28fa8fd0
 def hide(
     frames:Tensor, # (...,3,size,size)
     mask:Tensor, # (size,size) bool
@@ -33,6 +34,7 @@ def hide(
     "Blank what is to be painted"
     return frames.masked_fill(mask, 0)
 
+# %% ../../nbs/25_models.decoder.ipynb #db60e54e
 def lay(
     painted:Tensor, # (...,3,h,w): the box
     frames:Tensor, # (...,3,size,size)

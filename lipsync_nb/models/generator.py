@@ -35,6 +35,7 @@ class GeneratorCfg:
     @property
     def size(self)->int: return self.decoder.size # Height and width of the crop
 
+# %% ../../nbs/27_models.generator.ipynb #0013a1f6
 def _preset(n): return GeneratorCfg(audio_presets[n], identity_presets[n], fusion_presets[n], decoder_presets[n], smoother_presets[n])
 generator_presets = {n:_preset(n) for n in ('demo','base','hd')}
 
@@ -63,6 +64,7 @@ def encode_audio(self:Generator,
     "Listen"
     return self.audio(mel)
 
+# %% ../../nbs/27_models.generator.ipynb #de94a736
 @patch
 def encode_refs(self:Generator,
     refs:Tensor, # (b,r,3,size,size) in [0,1]
@@ -70,6 +72,7 @@ def encode_refs(self:Generator,
     "Look at the person"
     return self.identity(refs)
 
+# %% ../../nbs/27_models.generator.ipynb #228b85ac
 @patch
 def shape_head(self:Generator,
     tokens:Tensor, # (b,2n,d) from `encode_audio`
@@ -95,6 +98,7 @@ def paint(self:Generator,
     cond = self.cond(heard, vec, z)                                      # (b,t,d)
     return self.decoder(frames.flatten(0, 1), feats, cond.flatten(0, 1), windows.flatten(0, 1)).unflatten(0, (b,t))
 
+# %% ../../nbs/27_models.generator.ipynb #5ee66eb5
 @patch
 def smooth(self:Generator,
     painted:Tensor, # (b,t,3,size,size) from `paint`
@@ -114,6 +118,7 @@ def context(self:Generator,
     if n<MPF*t or (n-MPF*t)%(2*MPF): raise ValueError(f'mel: expected {MPF}·({t}+2c) rows for {t} frames, c a whole number of frames, got {n}')
     return (n-MPF*t)//(2*MPF)
 
+# %% ../../nbs/27_models.generator.ipynb #4f35eaf0
 @patch
 def forward(self:Generator,
     frames:Tensor, # (b,t,3,size,size) in [0,1]; what lies under the mask is not looked at

@@ -134,6 +134,7 @@ def split_heads(
     "Give every head its own features"
     return x.unflatten(-1, (heads,-1)).transpose(1, 2)
 
+# %% ../../nbs/20_models.layers.ipynb #7d3e0720
 def merge_heads(
     x:Tensor, # (b,heads,n,d)
 )->Tensor: # (b,n,heads*d)

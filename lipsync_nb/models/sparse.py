@@ -56,6 +56,7 @@ def near(self:SparsePattern, i:Tensor, j:Tensor)->Tensor:
     δ,look = i-j,self.look
     return (δ<=self.local) & (δ>=-(self.local if look is None else min(self.local, look)))
 
+# %% ../../nbs/21_models.sparse.ipynb #ca9cbc25
 @patch
 def far(self:SparsePattern, i:Tensor, j:Tensor)->Tensor:
     "Is `j` a summary column that `i` sees, and no neighbour?"
@@ -91,6 +92,7 @@ def _padded(mask, real):
     mask = mask & real
     return mask | ~mask.any(-1, keepdim=True)
 
+# %% ../../nbs/21_models.sparse.ipynb #f6021abd
 def dense_attention(
     q:Tensor, # Queries (b,h,n,d)
     k:Tensor, # Keys (b,h,n,d)
@@ -168,6 +170,7 @@ def flex_mask(
     def rule(b, h, i, j): return torch.where(j<n, pat.near(i, j), pat.far(i, (j-n)*pat.stride+pat.stride-1))
     return create_block_mask(rule, None, None, n, n+n//pat.stride, device=device)
 
+# %% ../../nbs/21_models.sparse.ipynb #585ffd89
 @lru_cache
 def _compiled_flex(): return torch.compile(flex_attention)
 
@@ -214,6 +217,7 @@ def pick_backend(
     most = break_even(pat)
     return 'dense' if most is None or n<=most else 'chunk'
 
+# %% ../../nbs/21_models.sparse.ipynb #ea093da9
 @lru_cache
 def explain_backend(
     n:int, # Tokens

@@ -30,6 +30,7 @@ def _of_log(sessions, rows):
     ends = [*(s['started'] for s in sessions[1:]), math.inf]
     return [s for s,e in zip(sessions, ends) if not rows or any(s['started'] <= r['time'] < e for r in rows)]
 
+# %% ../../nbs/45c_train.card.ipynb #a808a6bd
 def read_run(
     folder, # A run's folder
 )->SimpleNamespace: # folder, file and info (`None` while there is no model), rows, cfg, about, sessions, is_expert
@@ -277,6 +278,7 @@ def _take_over(report, run):
     facts = read_eval(report, run); where = run.folder/f'eval-{re.sub(r"[^0-9A-Za-z]", "", str(facts["settings"].get("split")))}.json'
     if facts not in find_evals(run)[0]: save_json(facts, where)
 
+# %% ../../nbs/45c_train.card.ipynb #0d90d9f4
 def make_cards(
     folder, # A run's folder
     data_dir=None, # See `find_data`

@@ -165,6 +165,7 @@ def rng_state()->dict: # Plain values and tensors, for `save_state`
     return dict(python=random.getstate(), numpy=(kind, torch.from_numpy(keys.astype(np.int64)), pos, has_gauss, cached),
                 torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
+# %% ../../nbs/41_train.checkpoint.ipynb #f254a3cf
 def set_rng_state(
     state:dict, # From `rng_state`
 ):
@@ -212,6 +213,7 @@ def _fresh(self:CheckpointStore, step):
     names = [f'step-{step:08d}', *(f'step-{step:08d}.{i}' for i in range(1, 1000))]
     return next(self.folder/n for n in names if not (self.folder/n).exists())
 
+# %% ../../nbs/41_train.checkpoint.ipynb #45c3e4e7
 @patch
 def save(self:CheckpointStore,
     step:int, # Steps taken
@@ -243,6 +245,7 @@ def _remove(self:CheckpointStore, path):
     shutil.rmtree(gone, ignore_errors=True); os.replace(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
+# %% ../../nbs/41_train.checkpoint.ipynb #fbdd89d8
 @patch
 def clean(self:CheckpointStore):
     "Delete what is neither among the newest nor the newest with a tag; never the last one whose checksums are right"

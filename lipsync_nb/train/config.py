@@ -56,6 +56,7 @@ def _stages(listen, coarse, sync, full):
     s3 = replace(s2, name='full', weights={**s2.weights, 'adv':.005, 'fm':.2}, **full)
     return s0,s1,s2,s3
 
+# %% ../../nbs/44e_train.config.ipynb #a7df1930
 RUNS = dict(
     demo=TrainCfg('demo', _stages(
         listen=dict(steps=400, bs=32, lr=2e-3),
@@ -99,6 +100,7 @@ def unknown(
     near = difflib.get_close_matches(key, list(names), 1, .5)
     return LipSyncError(f'there is no setting {key}' + (f'; did you mean {near[0]}?' if near else f'; there are {", ".join(names)}'))
 
+# %% ../../nbs/44e_train.config.ipynb #6a4e5ae5
 def value(
     key:str, # Its name, for the error
     old, # What it is now
@@ -129,6 +131,7 @@ def _put(o, path, new, key):
     try: return {**o, k: new} if isd else replace(o, **{k: new})
     except ValueError as e: raise LipSyncError(f'{key}: {e}') from None
 
+# %% ../../nbs/44e_train.config.ipynb #966f52e5
 def changed(
     cfg:TrainCfg,
     settings:dict, # Name, as in `flat` → value, or its text

@@ -83,6 +83,7 @@ def judge_expert(
     return dict(acc=((x > 0).double()+(x == 0)/2).mean().item(), many=(gap > 0).double().mean().item(), hits=float(np.mean(hits or [math.nan])),
                 bce=bet(won), margin=gap.mean().item(), n=len(x))
 
+# %% ../../nbs/42c_train.contrast.ipynb #a9379981
 def expert_accuracy(
     expert:SyncNet,
     clips, # `(crops, mel)` of each
@@ -157,6 +158,7 @@ class RankNorm(nn.BatchNorm1d):
         at = sum(gather(torch.tensor([len(x)], device=x.device))[:rank()].tolist())
         return super().forward(gather(x))[at:at+len(x)]
 
+# %% ../../nbs/42c_train.contrast.ipynb #a5b3e794
 class ExpertStep(nn.Module):
     "What is trained: the expert, with sound and silence in one go, and its temperature beside the embeddings"
     def __init__(self,

@@ -36,6 +36,7 @@ class Cause:
     found:str      # The measurement, in words
     remedy:str = ''# What to do about it
 
+# %% ../../nbs/43b_train.diagnose.ipynb #c1d7de0d
 def short_of(
     have:float, # What there is
     need:float, # What would be enough
@@ -51,6 +52,7 @@ def sample_clips(store, most=LISTENED):
     "Some clips, evenly spread"
     return [store[i] for i in np.unique(np.linspace(0, len(store)-1, min(most, len(store))).astype(int))]
 
+# %% ../../nbs/43b_train.diagnose.ipynb #6151acc6
 def lips_and_sound(
     store:ClipStore,
 )->list: # Pairs: opening of the mouth (n,), and mel (4n,80)
@@ -61,6 +63,7 @@ def lips_and_sound(
         if np.isfinite(o).sum() > 20: out.append((o, c.sound(0, n)))
     return out
 
+# %% ../../nbs/43b_train.diagnose.ipynb #3823ac1a
 def agreement(
     parts:list, # From `lips_and_sound`
 )->dict: # `z` (k,) and `curve` (k,) over shifts -12 … 12, `peak`: how far the clips' own peaks stand above the yardstick, `at` (n,): where they lie, `clear` (n,)
@@ -107,6 +110,7 @@ def follows_mouth(
         r2.append((y@z.reshape(len(y), -1)).reshape(24, 24)**2/((y**2).sum()*(z**2).sum(0)+1e-3) - 1/ok.sum())
     return np.clip(np.mean(r2, 0), 0, None) if r2 else np.zeros((24,24)), float(np.mean(moved))
 
+# %% ../../nbs/43b_train.diagnose.ipynb #45a79d4e
 def inside(
     seen:np.ndarray, # (24,24)
     box:tuple, # top, bottom, left, right, as fractions
@@ -147,6 +151,7 @@ def overfit(
         opt.zero_grad(); loss.backward(); opt.step(); out.append((loss/chance.clamp(min=1e-3)).item())
     return np.array(out)
 
+# %% ../../nbs/43b_train.diagnose.ipynb #3ba0852e
 def probe_batch(train, cfg, device='cpu', windows=24):
     "A small batch: a few windows from each of a few clips"
     k = min(cfg.per_clip, 6)
@@ -166,6 +171,7 @@ def rates(batch, cfg, steps=12)->dict: # Factor → loss after so many steps, as
     "How fresh experts fare at the rate, and at others"
     return {f: float(np.nan_to_num(overfit(batch, cfg.preset, f*cfg.lr, steps)[-3:].mean(), nan=9.)) for f in FACTORS}
 
+# %% ../../nbs/43b_train.diagnose.ipynb #94a9ff30
 def probe(
     train:ClipStore, # Clips to learn from
     cfg:ExpertCfg,
@@ -197,6 +203,7 @@ def judge_rate(
     slow = best == 100 and r[1] > .9 and r[1]-r[100] > .2
     return Cause('rate', .9*slow, found, f'the rate is too low: --set lr={best*cfg.lr:.2g}')
 
+# %% ../../nbs/43b_train.diagnose.ipynb #802e094c
 def judge_amount(
     train:ClipStore,
     cfg:ExpertCfg,
@@ -243,6 +250,7 @@ class Diagnosis:
         fine = ', '.join(c.name for c in self.causes if c.weight < .15)
         return '\n'.join(fill(o, 110, subsequent_indent='   ') for o in lines + ([f'Looked at and not to blame: {fine}.'] if fine else []))
 
+# %% ../../nbs/43b_train.diagnose.ipynb #ec231e48
 def diagnose(
     train:ClipStore, # Clips to learn from
     valid:ClipStore=None, # Held-out clips; not needed without a log

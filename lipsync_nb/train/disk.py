@@ -90,6 +90,7 @@ def git(
     try: return subprocess.run(['git', '-C', str(root), *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError): return ''
 
+# %% ../../nbs/40b_train.disk.ipynb #ee6ce8b5
 @lru_cache
 def revision(
     root:Path|None=None, # Folder of a clone of this library; where this code lies if not given

@@ -94,6 +94,7 @@ def take(self:Examine)->dict: # Name → float; the same on all ranks
     if real.n > real.d > 0: out['frechet'] = frechet(real, made).value
     return {f'valid_{k}': v for k,v in out.items()}
 
+# %% ../../nbs/44c_train.examine.ipynb #411fe473
 @patch
 def _joined(self:Examine):
     "Features of all ranks"

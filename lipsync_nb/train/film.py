@@ -31,6 +31,7 @@ def _lay(rows, win):
     for i,r in enumerate(rows): out[:,i*HOP:i*HOP+N_FFT] += r*win, win*win
     return out[0]/np.maximum(out[1], 1e-3)
 
+# %% ../../nbs/40c_train.film.ipynb #9acf48de
 def mel_wave(
     mel:np.ndarray, # (4n,80), from `mel_spectrogram`
     rounds:int=24, # Of the search for the phase
@@ -61,6 +62,7 @@ class Passage:
         "The sound of the frames alone"
         return self.mel[MPF*self.ctx:MPF*(self.ctx+len(self))]
 
+# %% ../../nbs/40c_train.film.ipynb #0c9cff6e
 def pick_passage(
     store:ClipStore, # Held-out clips
     n:int=50, # Frames wanted

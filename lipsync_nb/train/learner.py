@@ -67,6 +67,7 @@ class Run:
         self.ckpt,self.monitor,self.turn,self.ema_steps = CheckpointStore(self.out/'checkpoints', cfg.keep),Monitor(cfg.monitor),0,0
         self.passage = pick_passage(valid, cfg.film, cfg.ctx, cfg.refs) if cfg.film and rank() == 0 else None
 
+# %% ../../nbs/45_train.learner.ipynb #9fc37ffb
 def make_critic(
     cfg:TrainCfg,
 )->Critic:
@@ -86,6 +87,7 @@ def first(self:Run, i:int)->int:
     "Steps before stage `i`"
     return sum(n*per for n,per in map(self.epochs, self.cfg.stages[:i]))
 
+# %% ../../nbs/45_train.learner.ipynb #9df6ea8a
 @patch
 def batches(self:Run, s:StageCfg, store, seed):
     "The batch function of a stage"
@@ -93,6 +95,7 @@ def batches(self:Run, s:StageCfg, store, seed):
     if s.name == 'listen': return ListenBatches(store, self.cfg.listen_t, s.bs, seed, **kw)
     return GenBatches(store, s.t, s.bs, self.cfg.ctx, self.cfg.refs, seed, **kw)
 
+# %% ../../nbs/45_train.learner.ipynb #c9ad6460
 @patch
 def loaders(self:Run,
     i:int, # Number of the stage
@@ -110,6 +113,7 @@ def _adversary(self:Run, s:StageCfg, amp):
     opt = self.critic_opt(self.critic.parameters(), s.lr_critic)
     return gan, CriticStep(self.critic, opt, gan, n=s.n_crit, warm=s.warm, clip=s.clip_critic, amp=amp)
 
+# %% ../../nbs/45_train.learner.ipynb #9f1a3178
 @patch
 def _callbacks(self:Run, s:StageCfg, critic_step, first):
     "What a stage's learner needs beside its loss"
@@ -119,6 +123,7 @@ def _callbacks(self:Run, s:StageCfg, critic_step, first):
     if self.ema is not None: cbs.append(EMA(self.gen, self.ema, self.cfg.ema, self.ema_steps))
     return cbs + ([AccelerateCallback(self.acc)] if self.acc else [])
 
+# %% ../../nbs/45_train.learner.ipynb #40cdfe79
 @patch
 def learner(self:Run,
     i:int, # Number of the stage
@@ -141,6 +146,7 @@ def models(self:Run)->dict: # Name → model
     "What a checkpoint holds as weights"
     return dict(gen=self.gen, critic=self.critic) | ({} if self.ema is None else dict(ema=self.ema))
 
+# %% ../../nbs/45_train.learner.ipynb #d569316e
 @patch
 def save(self:Run,
     i:int, # Number of the stage
@@ -156,6 +162,7 @@ def save(self:Run,
         monitor=self.monitor.state_dict(), rng=everyone(rng_state()), cfg=asdict(self.cfg), **more)
     self._write(i, state, tags)
 
+# %% ../../nbs/45_train.learner.ipynb #a80bc3e4
 @patch
 def _write(self:Run, i, state, tags=()):
     if rank() == 0: self.ckpt.save(self._at(state), self.models(), state, tags)
@@ -224,6 +231,7 @@ def fit_stage(self:Run,
     if hasattr(learn, 'ema'): self.ema_steps = learn.ema.steps
     return learn.monitor.verdict
 
+# %% ../../nbs/45_train.learner.ipynb #05934a81
 @patch
 def _take_up(self:Run, learn, state):
     "Put a learner where a checkpoint's was"
@@ -232,6 +240,7 @@ def _take_up(self:Run, learn, state):
     if state['critic']: learn.critic_step.load_state_dict(state['critic'])
     set_rng_state(state['rng'][rank()])
 
+# %% ../../nbs/45_train.learner.ipynb #7551e1a9
 @patch
 def _announce(self:Run, log, i):
     "Write down that a stage begins, if that is not in the log yet"
@@ -273,6 +282,7 @@ def fit(self:Run,
             self._stages(state, log, bar)
             return self._final(log)
 
+# %% ../../nbs/45_train.learner.ipynb #813b48c1
 @patch
 def _stages(self:Run, state, log, bar):
     "All stages from a state on"
@@ -287,6 +297,7 @@ def _stages(self:Run, state, log, bar):
         elif s.until: log.event(self.first(i+1), s.name, f'all {s.steps} steps of stage {s.name} are done, and ' + ', '.join(f'{k} {x:g}' for k,x in s.until.items()) + ' was not reached: on to the next stage all the same')
         i,state = i+1,None
 
+# %% ../../nbs/45_train.learner.ipynb #ff76d9db
 @patch
 def _final(self:Run, log):
     "Write the generator, or its average if there is one"

@@ -77,6 +77,7 @@ def in_notebook()->bool:
     ip = sys.modules.get('IPython')
     return ip is not None and hasattr(ip.get_ipython(), 'kernel')
 
+# %% ../../nbs/40_train.log.ipynb #f0c3eab9
 class Board:
     "A table of a run's validations that grows line by line"
     def __init__(self, most:int=40): self.head,self.lines,self.handle,self.most = [],[],None,most
@@ -159,6 +160,7 @@ def _write(self:RunLog, row):
         if self.file.write(line)<len(line): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if self.wandb: self.wandb.log(row)
 
+# %% ../../nbs/40_train.log.ipynb #e35abdc7
 @patch
 def close(self:RunLog):
     "Close the file, and finish the W&B run if there is one"
@@ -166,6 +168,7 @@ def close(self:RunLog):
     if self.wandb: self.wandb.close()
     self.file = self.wandb = None; self.active = False
 
+# %% ../../nbs/40_train.log.ipynb #c2c4a5da
 @patch
 def log(self:RunLog,
     step:int, # Steps taken

@@ -94,6 +94,7 @@ def sample(self:Mirror,
         run.log(dict(step=step, **media))
     self._try('a sample', do)
 
+# %% ../../nbs/39_train.mirror.ipynb #de8c6457
 @patch
 def artifact(self:Mirror,
     path, # A file, such as `final.safetensors`

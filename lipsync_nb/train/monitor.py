@@ -59,6 +59,7 @@ class Figure:
     better:str = ''        # 'low', 'high', or '' where neither is
     band:float|None = None # Smallest excess over its median that counts, as a share of it; None = not watched
 
+# %% ../../nbs/42_train.monitor.ipynb #34141f13
 FIGURES = {
     **{k: Figure('low', 1.) for k in ('loss', 'l1', 'ssim', 'shape', 'temporal', 'flow', 'sync')},
     **{k: Figure('low')      for k in ('frechet', 'kid', 'lmd', 'lmd_eye', 'lse_d')},
@@ -132,6 +133,7 @@ def state_dict(self:Monitor)->dict:
     "What a checkpoint must hold: plain values only"
     return {k:getattr(self, k) for k in KEPT[:5]} | dict(series={k:[list(o) for o in v] for k,v in self.series.items()}, lowest=dict(self.lowest), alive=self.alive)
 
+# %% ../../nbs/42_train.monitor.ipynb #1a65891d
 @patch
 def load_state_dict(self:Monitor, state:dict):
     "Go on from a `state_dict`"
@@ -152,6 +154,7 @@ def _above(self:Monitor, name, band):
     if known(name).better=='low' and low>0: hi = min(hi, max(self.cfg.worse*low, mid))
     return dict(now=m, usual=mid, limit=hi, since=now[0][0]) if m>hi else None
 
+# %% ../../nbs/42_train.monitor.ipynb #3f1b8210
 @patch
 def _diverged(self:Monitor):
     watched = [k for k in self.series if known(k).band is not None and not k.startswith('valid_') and not (k=='loss' and 'adv' in self.series)]
@@ -175,6 +178,7 @@ def _dead(self:Monitor):
     what = 'gives everything the same score' if same else f'is flat (gradient norm {norm:.2g}, where 1 is right)'
     return 'critic dead',f'the critic {what}, so the generator learns nothing from it',dict(gap=gap, since=now[0][0], **({} if norm is None else dict(norm=norm)))
 
+# %% ../../nbs/42_train.monitor.ipynb #13c6ecf9
 @patch
 def _constant(self:Monitor, since):
     "Have the critic's scores not moved at all since that step?"
@@ -245,6 +249,7 @@ def _fault(self:Monitor, kind, sentence, evidence, good):
         return Verdict(kind, f'{head}; {self.attempts} rollbacks of stage {self.stage} did not help, so the run stops here', 'stop', evidence, good)
     return Verdict(kind, f'{head}; back to the last healthy checkpoint, at {c.factor:g} of the rate (attempt {self.attempts+1} of {c.most})', 'rollback', evidence, good)
 
+# %% ../../nbs/42_train.monitor.ipynb #be76bcac
 @patch
 def _good(self:Monitor, since):
     "The newest step whose weights are known to be healthy, if the first bad entry is that of step `since`"
@@ -270,6 +275,7 @@ def update(self:Monitor,
         if not k.startswith('valid_') and len(xs)>4*self.cfg.window: del xs[1:-3*self.cfg.window]    # the first one tells when it began
     return self._judge(any(k.startswith('valid_') for k in figures))
 
+# %% ../../nbs/42_train.monitor.ipynb #542f3c27
 @patch
 def _judge(self:Monitor, validated):
     "The gravest thing first"

@@ -57,6 +57,7 @@ class Cost:
     def bytes(self)->int: # What the run adds to its process
         return int(SLACK*self.kept) + self.fixed + PROCESS
 
+# %% ../../nbs/45b_train.plan.ipynb #f8ca0716
 SLACK   = 1.3     # Activations, slopes on their way back and gaps between tensors, over activations alone
 PROCESS = 100<<20 # Libraries that are loaded on the way, and buffers
 
@@ -76,6 +77,7 @@ def _inputs(cfg, s, size, n, dev):
     t = cfg.listen_t if s.name == 'listen' else s.t; rows = MPF*(t + 2*cfg.ctx*(s.name != 'listen'))
     return [torch.rand(*o, device=dev) for o in ((n,t,3,size,size), (n,cfg.refs,3,size,size), (n,rows,N_MELS), (n,t,3))]
 
+# %% ../../nbs/45b_train.plan.ipynb #53efc93c
 def _step(cfg, s, gen, critic, expert, n, dev):
     "One step of `n` windows; bytes kept at its worst moment"
     amp,gan = precision(cfg.precision, dev),GanLoss(s.gan)
@@ -120,6 +122,7 @@ def room(
     dev = torch.device(device)
     return torch.cuda.mem_get_info(dev)[0] if dev.type == 'cuda' else free_memory()
 
+# %% ../../nbs/45b_train.plan.ipynb #6273a8ac
 def check_memory(
     costs:list[Cost], # From `measure`
     free:int, # Bytes, from `room`
@@ -131,6 +134,7 @@ def check_memory(
         raise LipSyncError(f'stage {c.name} takes about {c.bytes/2**30:.1f} GB of memory ({c.fixed/2**30:.1f} of them for weights and optimizers), and {free/2**30:.1f} GB are free; '
                            f'take its batches in parts (--set {c.name}.parts=2), make them smaller (--batch_size), or choose a smaller preset')
 
+# %% ../../nbs/45b_train.plan.ipynb #c2469680
 def check_data(
     cfg:TrainCfg,
     train:ClipStore, valid:ClipStore,
@@ -141,6 +145,7 @@ def check_data(
             b = Run.batches(_Only(cfg), s, store, 0); have = int(b.ends[-1]) if s.name == 'listen' else len(b.windows)
             if store is train and have < s.bs*world(): raise LipSyncError(f'stage {s.name} takes {s.bs*world()} windows a batch, but there are {have} windows of {cfg.listen_t if s.name == "listen" else s.t} frames to learn from; say --batch_size {max(1, have//world())} or less, or add clips')
 
+# %% ../../nbs/45b_train.plan.ipynb #1d1e7785
 class _Only:
     "As much of a `Run` as it takes to make batches"
     def __init__(self, cfg): self.cfg = cfg

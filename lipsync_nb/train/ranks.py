@@ -49,6 +49,7 @@ def _free_port()->int:
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
+# %% ../../nbs/42b_train.ranks.ipynb #1f0f3da1
 def _child(fn, r, n, port, wait, d):
     "Be rank `r`, leave what `fn` returns in folder `d`, stay until all have done so or one is gone, and end without a trace"
     env = dict(RANK=r, WORLD_SIZE=n, LOCAL_RANK=r, LOCAL_WORLD_SIZE=n, MASTER_ADDR='127.0.0.1', MASTER_PORT=port, OMP_NUM_THREADS=1, ACCELERATE_USE_CPU='true')
@@ -59,6 +60,7 @@ def _child(fn, r, n, port, wait, d):
     while not (d/'over').exists() and len(list(d.glob('*.pt'))) < n: time.sleep(.01)
     os._exit(0)
 
+# %% ../../nbs/42b_train.ranks.ipynb #a44ad70b
 def in_ranks(
     fn, # Function of an `Accelerator`; what it returns comes back
     n:int=2, # Ranks
@@ -96,6 +98,7 @@ class _Gather(torch.autograd.Function):
         dist.all_reduce(grad)
         return grad[ctx.at:ctx.at+ctx.n]
 
+# %% ../../nbs/42b_train.ranks.ipynb #28101655
 def gather(
     x:Tensor, # This rank's rows (b,…)
 )->Tensor: # Rows of all ranks (b₀+b₁+…,…), in order of rank; differentiable
@@ -112,6 +115,7 @@ def everyone(
     dist.all_gather_object(out, o)
     return out
 
+# %% ../../nbs/42b_train.ranks.ipynb #46cdb3d3
 def reduce_mean(
     figures:dict, # Name → number
     n:float=1, # How much this rank's figures count, such as the number of clips behind them
@@ -139,6 +143,7 @@ def main_only(fn):
     def _f(*args, **kwargs): return fn(*args, **kwargs) if rank() == 0 else None
     return _f
 
+# %% ../../nbs/42b_train.ranks.ipynb #96fa8c9d
 def agree(
     o, # What this rank thinks; anything that can be pickled
 ): # What rank 0 thinks
@@ -148,6 +153,7 @@ def agree(
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
+# %% ../../nbs/42b_train.ranks.ipynb #5fb72dfd
 def meet():
     "Wait here until all ranks are here"
     if world() > 1: everyone(None)
@@ -171,6 +177,7 @@ def bare(
     "Without what fastai puts before an error that a callback raises"
     return re.sub(r'^(Exception occured in `\w+` when calling event `\w+`:\s*)+', '', text)
 
+# %% ../../nbs/42b_train.ranks.ipynb #dc9883bf
 @contextmanager
 def told():
     "Errors in one bare sentence"

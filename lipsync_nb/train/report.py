@@ -77,6 +77,7 @@ def look_critic(rows):
     if (gap := last_mean(rows, 'critic_gap'))<0: yield 'note',f'The critic scores painted clips above real ones at the end (gap {gap:.3g}): it has not learnt to tell them apart yet.'
     if len(lams)>20 and np.ptp(lams[-20:])==0 and lams[-1]!=lams[0]: yield 'note',f'λ has come to rest at {lams[-1]:.3g}, perhaps at its bound.'
 
+# %% ../../nbs/42d_train.report.ipynb #57852afb
 def look_speed(rows):
     "Does training wait for data?"
     for stage in dict.fromkeys(s for s,_,_ in stage_spans(rows)):
@@ -186,6 +187,7 @@ def samples(
     some = [files[i] for i in sorted({round(i) for i in np.linspace(0, len(files)-1, min(most, len(files)))})] if files else []
     return [picture(read_image(p), f'step {int(p.stem.removeprefix("step-")):,}; rows: real, painted, painted to other words') for p in some]
 
+# %% ../../nbs/42d_train.report.ipynb #82819f58
 def films(
     folder, # A run's folder
 )->str: # HTML; '' where there are none
@@ -193,6 +195,7 @@ def films(
     files = sorted((Path(folder)/SAMPLES).glob('step-*.mp4'))
     return row(*[clip(p, f'step {int(p.stem.removeprefix("step-")):,}; left: real, right: painted; the sound is made back from what the generator hears') for p in dict.fromkeys(files[:1]+files[-1:])]) if files else ''
 
+# %% ../../nbs/42d_train.report.ipynb #e8eca5ab
 def evidence(
     rows:list[dict], # From `read_log`
 )->dict: # Number → step, stage, what, evidence

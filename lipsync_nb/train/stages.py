@@ -186,6 +186,8 @@ def _l1(self:GenLoss, out, heard, frames, mel, shape): return l1_loss(out, frame
 def _ssim(self:GenLoss, out, heard, frames, mel, shape): return ms_ssim_loss(out.flatten(0,1), frames.flatten(0,1), box=self.box)
 @patch
 def _temporal(self:GenLoss, out, heard, frames, mel, shape): return temporal_loss(out, frames, self.w.to(out.device))
+
+# %% ../../nbs/44_train.stages.ipynb #7adb5f0f
 @patch
 def _sync(self:GenLoss, out, heard, frames, mel, shape): return sync_loss(self.expert, out, mel, t=self.expert.cfg.t)
 @patch
@@ -193,6 +195,8 @@ def _flow(self:GenLoss, out, heard, frames, mel, shape): return flow_loss(out, f
 @patch
 def _adv(self:GenLoss, out, heard, frames, mel, shape):
     return self.gan.gen_loss(hearing(self.critic, mel)(out))
+
+# %% ../../nbs/44_train.stages.ipynb #e9ce4f8d
 @patch
 def _fm(self:GenLoss, out, heard, frames, mel, shape):
     with torch.no_grad(): real = self.critic.features(frames)

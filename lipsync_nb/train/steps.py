@@ -75,6 +75,7 @@ def teach(self:CriticStep,
     self.alone = self.k <= self.warm*self.n
     if self.alone: raise CancelBatchException()
 
+# %% ../../nbs/44b_train.steps.ipynb #9316128e
 @patch
 def _eps(self:CriticStep, shares, j):
     "Where the penalty looks, for each part of the batch"
@@ -82,6 +83,7 @@ def _eps(self:CriticStep, shares, j):
     if not hasattr(fn, 'positions'): return [None]*len(shares)
     return torch.from_numpy(dice(fn.seed+77, fn.positions(self.loss_func.step), self.n)[:,j]).to(real).chunk(len(shares))
 
+# %% ../../nbs/44b_train.steps.ipynb #f8a08819
 @patch
 def _step(self:CriticStep, shares, eps):
     self.opt.zero_grad(); outs = []
@@ -156,6 +158,7 @@ class Clock(Callback):
         if hasattr(self.learn, 'critic_step'):
             for g in self.learn.critic_step.opt.param_groups: g['lr'] = self.cfg.lr_critic*self.scale()
 
+# %% ../../nbs/44b_train.steps.ipynb #ccca3e6a
 class ClipNorm(Callback):
     "Shorten the generator's gradient where it is longer than `most`, and keep its length"
     order,run_valid = 5,False
@@ -234,6 +237,7 @@ def figures_of(
     if learn.training and norm and norm.norm is not None and out: out['grad_norm'] = norm.norm
     return out | critic.stats if learn.training and critic else out
 
+# %% ../../nbs/44b_train.steps.ipynb #0ed0cee7
 class StepLog(Callback):
     "Write the means of loss, terms, critic and rate to a run's log, every few steps and after each validation"
     order = 70

@@ -110,6 +110,7 @@ def one_cycle(
     "A rate that rises from a tenth, and falls along a cosine"
     return ParamScheduler(dict(lr=combined_cos(rise, lr/10, lr, lr*end)))
 
+# %% ../../nbs/43_train.syncnet.ipynb #ec54d3ef
 def train_hash(
     store:ClipStore, # Clips that an expert learns from
 )->str: # 16 hex digits
@@ -159,6 +160,7 @@ def expert_learner(
     bf16 = torch.device(run.device).type == 'cuda' and torch.cuda.is_bf16_supported()
     return Learner(dls, ExpertStep(run.expert, bf16), loss_func=ContrastLoss(cfg.silence), cbs=[GradientClip(cfg.clip), *cbs], opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
 
+# %% ../../nbs/43_train.syncnet.ipynb #864a18c7
 def fit_expert(
     train:ClipStore, # Clips to learn from
     valid:ClipStore, # Held-out clips
@@ -212,6 +214,7 @@ class DrawnStore(ClipStore):
         self._number_runs(rows.person)
         if cache or cache is None and self._fits(.5): self._fill()
 
+# %% ../../nbs/43_train.syncnet.ipynb #ec7bc4c6
 def drawn(
     out_dir, # Processed collection with its index
     split_seed:int=None, # Another seed, another draw; `None` = as the index has it
@@ -237,6 +240,7 @@ def preset_of(
     if name not in table: raise LipSyncError(f'there is no preset {name!r}; choose one of {", ".join(table)}')
     return table[name]
 
+# %% ../../nbs/43_train.syncnet.ipynb #05a2106a
 def run_folder(checkpoint_dir, run_name)->Path:
     "Where a run is kept"
     if checkpoint_dir is None: raise LipSyncError('no --checkpoint_dir given; name the folder in which the run is to be kept')
@@ -271,6 +275,7 @@ def fitted(
     if strict: raise LipSyncError(f'a batch of {cfg.groups*cfg.per_clip} windows takes {cfg.per_clip} from each of {cfg.groups} clips{f" on each of {world()} ranks" if world() > 1 else ""}, but there are {have} clips to learn from; --batch_size can be {most*cfg.per_clip} at most')
     return replace(cfg, groups=most)
 
+# %% ../../nbs/43_train.syncnet.ipynb #85f21fa4
 def expert_plan(
     cfg:ExpertCfg,
     train, valid, # `ClipStore`s
