@@ -50,6 +50,8 @@ def test_links_to_this_repository(root, settings, notebooks):
 
 def test_sidebar_and_settings_name_files(root):
     assert (root/'nbs'/'styles.css').exists() and (root/'_quarto.yml').read_text() == (root/'nbs'/'_quarto.yml').read_text()
+    tasks = re.findall(r'- text: "(.+)"\n\s+href: (\S+)$', (root/'nbs'/'sidebar.yml').read_text(), re.M)
+    assert len(tasks) > 10 and not [f for _,f in tasks if not (root/'nbs'/f).exists()]
 
 def test_titles_differ(notebooks):
     "Two pages of one name cannot be told apart in the sidebar"
