@@ -79,8 +79,9 @@ def atomic_path(
     folder:bool=False, # Make a folder instead of a file?
 ):
     "A temporary path beside `path`, renamed to `path` if the block succeeds and removed if it does not"
-    path,done = Path(path),False; new = [q for q in path.parents if not q.exists()]
+    path,done = Path(path),False
     try:
+        new = [q for q in path.parents if not q.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = path.with_name(f'.{path.stem}.tmp{os.getpid()}-{_HOST}{path.suffix}')
         _remove(tmp)

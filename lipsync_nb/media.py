@@ -294,7 +294,8 @@ def read_image(path)->np.ndarray: # (h,w,3) uint8 RGB
         im = ImageOps.exif_transpose(Image.open(path))
         if im.has_transparency_data: im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
         return np.asarray(im.convert('RGB')).copy()
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Image.DecompressionBombError: raise LipSyncError(f'{path} has too many pixels; make it smaller first') from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
         raise LipSyncError(f'{path} is no picture that can be read; give a PNG or JPEG') from None
 
 # %% ../nbs/01_media.ipynb #bea747cb
@@ -302,6 +303,7 @@ def is_image(path)->bool:
     "Is `path` a still picture (and not a video)?"
     try:
         with Image.open(path) as im: return not getattr(im, 'is_animated', False)
+    except Image.DecompressionBombError: return True
     except (UnidentifiedImageError, OSError): return False
 
 # %% ../nbs/01_media.ipynb #356bbb4f

@@ -13,8 +13,9 @@ from ipaddress import ip_address
 from mimetypes import guess_type
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.parse import urlsplit
 
-from ..core import LipSyncError, cli
+from ..core import LipSyncError, cli, is_leftover
 from .panel import find_checkpoints
 
 # %% ../../nbs/52d_infer.app.ipynb #675469e4
@@ -29,10 +30,12 @@ function post(message) {
   const i = document.querySelector('.ls-inbox input'); i.value = JSON.stringify(message);
   for (const k of ['input', 'change']) i.dispatchEvent(new Event(k, {bubbles: true}));
 }
+const going = {};
 function send(slot, file) {
   if (!file) return;
   if (!file.size) return note(slot, `${file.name} is empty; choose another file.`, true);
-  const x = new XMLHttpRequest(), broken = `The upload of ${file.name} broke off; see whether the program still runs, and choose the file again.`;
+  going[slot]?.abort();                                  // the file that was dropped last counts
+  const x = going[slot] = new XMLHttpRequest(), broken = `The upload of ${file.name} broke off; see whether the program still runs, and choose the file again.`;
   x.open('PUT', `${zone(slot).dataset.to}?name=${encodeURIComponent(file.name)}`);
   x.upload.onprogress = e => note(slot, `uploading ${file.name} · ${Math.floor(100*e.loaded/e.total)} % of ${size(e.total)}`);
   x.onload = () => { const done = x.status == 200; note(slot, done ? '' : x.status == 507 ? x.responseText : broken, !done); if (done) post({slot, file: x.responseText}); };
@@ -153,10 +156,11 @@ def _handlers():
         "Takes a file into a session's folder"
         def initialize(self, root): self.root,self.file,self.why = Path(root),None,''
         def prepare(self):
-            home = self.root/self.path_args[0]
+            _check_host(self, HTTPError)
+            home,size = self.root/self.path_args[0],self.request.headers.get('Content-Length')
             if self.request.method != 'PUT' or not (home/'up').is_dir(): raise HTTPError(404)
-            self.request.connection.set_max_body_size(1 << 50)
-            self.why = room(home, int(self.request.headers.get('Content-Length', 0)))
+            if size is None: raise HTTPError(411)                        # nobody knows whether there is room
+            self.request.connection.set_max_body_size(1 << 50); self.why = room(home, int(size))
             if self.why: return
             place = home/'up'/secrets.token_hex(4); place.mkdir()
             self.path = place/plain_name(self.get_query_argument('name', 'file')); self.part = place/'.part'; self.file = open(self.part, 'wb')
@@ -180,12 +184,19 @@ def shown_as(name:str)->str: # A file's name
     return kind if kind.partition('/')[0] in ('video','audio','image') and 'svg' not in kind or kind == 'application/json' else 'application/octet-stream'
 
 # %% ../../nbs/52d_infer.app.ipynb #a3e70cff
+def _check_host(handler, error):
+    "Refuse a page from elsewhere whose name was bent to this computer"
+    name = urlsplit(f'//{handler.request.host}').hostname or ''
+    if not handler.settings.get('allow_remote_access') and not is_local(name): raise error(403)
+
 def _given_out(base, error):
     class File(base):
         "Gives out files of sessions; a link to a chosen file is one of them"
         def validate_absolute_path(self, root, path):
-            if not Path(path).is_relative_to(root) or not Path(path).is_file(): raise error(404)
+            home = Path(root)/self.path_args[0][:24]                     # `path` has no `..` left in it
+            if not (home/'up').is_dir() or not Path(path).is_relative_to(home) or not Path(path).is_file(): raise error(404)
             return path
+        def prepare(self): _check_host(self, error)
         def compute_etag(self): return None                              # it would read the whole film
         def get_content_type(self): return shown_as(self.absolute_path)
         def set_extra_headers(self, path):
@@ -259,7 +270,10 @@ def lipsync_app(
     port = free_port(ip, port)
     with TemporaryDirectory(prefix='lipsync_app_', ignore_cleanup_errors=True) as site:
         site = Path(site).resolve(); place = Path(folder).expanduser().resolve() if folder else site/'work'
-        try: place.mkdir(parents=True, exist_ok=True)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            for p in place.glob('*/.*'):                                  # of pages whose process was killed
+                if is_leftover(p): shutil.rmtree(p, ignore_errors=True) if p.is_dir() else p.unlink(missing_ok=True)
         except OSError as e: raise LipSyncError(f'cannot write {place}: {e.strerror}; choose a folder that can be written') from None
         nb = write_site(site, checkpoint=checkpoint and str(Path(checkpoint).resolve()), folder=str(place), temp=folder is None, web=WEB, paths=is_local(ip), device=device)
         hello = f'The page is at http://{ip}:{port} ; Ctrl-C ends it' + (f', results stay in {place}' if folder else ', and with it the results that were not downloaded')

@@ -165,15 +165,15 @@ def check_options(
         if k in options and not lo <= options[k] <= hi: raise LipSyncError(f'{k} {options[k]:g} is out of range; give a number from {lo:g} to {hi:g}')
 
 # %% ../../nbs/51_infer.core.ipynb #9a25eb91
-def _same(a, b): return os.path.abspath(a) == os.path.abspath(b) or (Path(a).exists() and Path(b).exists() and Path(a).samefile(b))
+def _same(a, b): return os.path.abspath(a) == os.path.abspath(b) or os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
 
 def _check_output(output, inputs, report=None):
-    if report and Path(report).is_dir(): raise LipSyncError(f'{report} is a folder; name a file for the report')
+    if report and os.path.isdir(report): raise LipSyncError(f'{report} is a folder; name a file for the report')
     if report and any(_same(report, p) for p in (output, *inputs)): raise LipSyncError(f'the report would overwrite {report}; choose another name for it')
     if output.suffix.lower() != '.mp4': raise LipSyncError(f'cannot write {output}: give a name that ends in .mp4')
-    if output.is_dir(): raise LipSyncError(f'{output} is a folder; name a file to write, such as {output/"dubbed.mp4"}')
+    if os.path.isdir(output): raise LipSyncError(f'{output} is a folder; name a file to write, such as {output/"dubbed.mp4"}')
     for p in inputs:
-        if output.exists() and _same(output, p): raise LipSyncError(f'{output} is also an input; choose another name for the output')
+        if os.path.exists(output) and _same(output, p): raise LipSyncError(f'{output} is also an input; choose another name for the output')
 
 # %% ../../nbs/51_infer.core.ipynb #90cb3723
 def face_boxes(
@@ -272,7 +272,7 @@ def dub(self:LipSync,
     watch,start,source = Stopwatch(),time.perf_counter(),video.film.path if isinstance(video, Scene) else video
     _check_output(output, [o for o in (*audio, source, self.source, scorer, cert, key) if o], report)
     for o in (*audio, source):
-        if not Path(o).exists(): raise LipSyncError(f'{o} does not exist; check the path')
+        if not os.path.exists(o): raise LipSyncError(f'{o} does not exist; check the path')
     expert = load_judge(scorer, self.device) if scorer else None
     if mark and cert: read_certificate(cert, key)                       # before any work
     with ExitStack() as stack:

@@ -218,7 +218,7 @@ class Part:
     ident:object        # From `know`
     weight:np.ndarray   # (n,) of the painted mouth in each frame that is shown
     fresh:np.ndarray    # (n,) bool: does a stretch begin with it?
-    closed:tuple        # Shape of the closed mouth
+    closed:dict         # Person → shape (3,) of the closed mouth
 
 # %% ../../nbs/50i_infer.lips.ipynb #91128113
 @patch(as_prop=True)
@@ -240,10 +240,11 @@ def shut(self:Lips,
     face:Face, # Whose mouth
     ident, # From `know`
     closed:np.ndarray, # (3,) a closed mouth's shape
+    person:int=0, # Which person of it
     n:int=4, # Frames to try it on
 )->np.ndarray: # (3,) the shape that is painted most shut
     "Try how closed a closed mouth looks on somebody"
-    seen = [s for s in face.seen if int(face.person[s[0]]) == int(face.person[face.seen[0][0]])]
+    seen = [s for s in face.seen if int(face.person[s[0]]) == person]
     seen = [seen[i] for i in np.unique(np.linspace(0, len(seen)-1, n).round().astype(int))]
     tried = [np.float32(closed)*np.float32([1,1,k]) for k in THINNER]
     def made(s, shape): return self.paint([patch_crop(s[2], face.Ms[s[0]], self.size)], [1.], self._hush, ident([s[0]]), mouth=lambda x: torch.from_numpy(shape).to(x).expand_as(x))[0][0]
@@ -269,9 +270,10 @@ def part(self:Lips,
     cut = np.array([False] + [i != j and max(i, j) in face.cuts for i,j in zip(at[:-1], at[1:])])
     fresh = np.r_[True, ok[1:] != ok[:-1]] | cut
     good = np.array([not w for w in face.why]) & np.isfinite(face.opening); rest = self.rest()
-    closed = np.r_[min(rest[0], closed_shape(face.opening[good])[0]), rest[1:]].astype(np.float32)
-    if voice.gate is not None and refs and find_spec('mediapipe'): closed = self.shut(face, ident, closed)
-    return Part(face, voice, ident, fade_weights(ok, fade), fresh, closed), refs
+    def closed(k):
+        c = np.r_[min(rest[0], closed_shape(face.opening[good & (face.person == k)])[0]), rest[1:]].astype(np.float32)
+        return self.shut(face, ident, c, k) if voice.gate is not None and find_spec('mediapipe') else c
+    return Part(face, voice, ident, fade_weights(ok, fade), fresh, {k: closed(k) for k in refs}), refs
 
 # %% ../../nbs/50i_infer.lips.ipynb #eb5e3329
 def between(
@@ -317,7 +319,7 @@ def _speak(self:Lips, batch, i, lo, hi, at, t, p, state, openness, watch, seen):
     steered = None
     if p.voice.gate is not None or openness != 1:
         when = t[rows][:,None]; gate = np.ones((hi-lo, 1), np.float32) if p.voice.gate is None else gate_at(p.voice.gate, when)
-        steered = lambda shape: steer(shape, gate, p.closed, openness, when)
+        steered = lambda shape: steer(shape, gate, p.closed[int(p.face.person[n[0]])], openness, when)
     with watch('crop'): crops = [crop_of(f, M, self.size) for f,M in zip(batch[lo:hi], Ms)]
     with watch('paint'): done,state[0] = self.paint(crops, t[rows], p.voice.tokens, p.ident(n), state[0], steered)
     if seen: seen(range(i+lo, i+hi), done)

@@ -6,7 +6,7 @@
 __all__ = ['App']
 
 # %% ../../nbs/52c_infer.page.ipynb #c0b30fb6
-import atexit, html, json, secrets, shutil
+import atexit, html, json, secrets, shutil, time
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -42,7 +42,12 @@ class App:
         self._build(); self.work = Worker(self.say, self._show_progress)
         if self.found: self.work(self.model, self.checkpoint())                     # so that the first click need not wait
 
-    def close(self): shutil.rmtree(self.own or (self.home if self.temp or not self.result else self.home/'up'), ignore_errors=True) # Remove what nobody keeps
+    def close(self, patience=5.):
+        "End the work, and remove what nobody keeps"
+        self.work.cancel(hush=True); end = time.monotonic()+patience
+        while self.work.jobs.unfinished_tasks and time.monotonic() < end: time.sleep(.05)
+        for p in (self.own,) if self.own else (self.home,) if self.temp or not self.result else (self.home/'up', *self.home.glob('.*.tmp*')):
+            shutil.rmtree(p, ignore_errors=True) if Path(p).is_dir() else Path(p).unlink(missing_ok=True)
     def _ipython_display_(self): display(self.box)
     def wait(self): self.work.wait(); return self # Until all that was asked for is done; for those who press the buttons from Python
 
@@ -86,7 +91,7 @@ def _wire(self:App):
     if self.paths:
         for k,c in self.cards.items(): c.path.observe(lambda o, k=k: o['new'].strip() and self.choose(k, o['new'].strip()), 'value')
     self.inbox.observe(lambda o: o['new'] and self._arrived(o['new']), 'value')
-    self.go.on_click(lambda _: self.start()); self.stop.on_click(lambda _: self.work.cancel())
+    self.go.on_click(lambda _: self.start()); self.stop.on_click(lambda _: self.cancel())
 
 # %% ../../nbs/52c_infer.page.ipynb #ee6410c3
 @patch
@@ -110,13 +115,13 @@ def choose(self:App,
     path, # A file
 ):
     "Take a file, show it, and look what is in it"
-    path = Path(path).expanduser().absolute()
     setattr(self, slot, None); self.cards[slot].chosen.value = ''; self.message.value = ''; self.said = None
     if slot == 'video':
         if not self.dubbing: self.work.cancel(hush=True)          # of searching the film before
         self.scene = None; self._show_faces()
-    try: about = self._about(slot, path)
+    try: path = Path(path).expanduser().absolute(); about = self._about(slot, path)
     except LipSyncError as e: return self.say('stop', str(e))
+    except (OSError, RuntimeError, ValueError) as e: return self.say('stop', f'{path} cannot be reached ({getattr(e, "strerror", None) or e}); check the path.')
     setattr(self, slot, path); self.cards[slot].path.value = ''
     self.cards[slot].chosen.value = player(path, address(self._within(path), self.home, self.web), about, heard=slot == 'audio')
     if slot == 'video': self.work(self._scout, path)
@@ -140,6 +145,12 @@ def _within(self:App, path):
     return link
 
 # %% ../../nbs/52c_infer.page.ipynb #05665032
+@patch
+def cancel(self:App):
+    "End what runs; the faces of a film that was chosen meanwhile are sought all the same"
+    self.work.cancel(); self.dubbing = False
+    if self.video and self.scene is None: self.work(self._scout, self.video)
+
 @patch
 def _arrived(self:App, note):
     "The browser says that it has uploaded a file"
@@ -216,18 +227,20 @@ def start(self:App):
     try:
         if self.video is None: raise LipSyncError('Choose a film or a picture first.')
         if self.audio is None: raise LipSyncError('Choose a sound first.')
-        self.work(self._dub, self.video, self.audio, self.face, self.checkpoint(), {k: w.value for k,w in self.options.items()})
+        gen = self.checkpoint(); self.dubbing = True; self._show_progress(('preparing', None, None))
+        self.work(self._dub, self.video, self.audio, self.face, gen, {k: w.value for k,w in self.options.items()})
     except LipSyncError as e: self.say('stop', str(e))
 
 # %% ../../nbs/52c_infer.page.ipynb #3a672ac4
 @patch
 def _dub(self:App, video, audio, face, checkpoint, options):
-    lip = self.model(checkpoint)
-    scene = self.scene if self.scene and self.scene.film.path == video and self.scene_size == lip.size else self._scout(video, lip.size)
-    if self.video == video: self.pick(face)
     names = (self.home/f'{video.stem}-dubbed{k}.mp4' for k in ('', *(f'-{i}' for i in range(2, 1000))))
     out = next(p for p in names if not p.exists())
-    try: self.dubbing = True; rep = lip.dub(scene, audio, out, face=face, report=out.with_suffix('.json'), **options)
+    try:
+        lip = self.model(checkpoint)
+        scene = self.scene if self.scene and self.scene.film.path == video and self.scene_size == lip.size else self._scout(video, lip.size)
+        if self.video == video: self.pick(face)
+        rep = lip.dub(scene, audio, out, face=face, report=out.with_suffix('.json'), **options)
     finally: self.dubbing = False
     self.result,self.report = out,rep
     self._show_result(video, out, rep)

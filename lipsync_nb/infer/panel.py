@@ -238,6 +238,13 @@ def option_widgets(): # {option of `dub`: widget}
         mark=W.Checkbox(True, description='say in the file that it was made by a machine', indent=False))
 
 # %% ../../nbs/52b_infer.panel.ipynb #e2fd9487
+def _is_generator(path):
+    "Told by the header alone: the server asks, too, and does without torch"
+    from safetensors import safe_open
+    try:
+        with safe_open(path, 'np') as f: return (f.metadata() or {}).get('class', '').endswith('.Generator')
+    except Exception: return False                                       # nothing that could be chosen
+
 def find_checkpoints(
     place, # A checkpoint, or a folder with some; may be None
 )->dict: # {name: path}, the newest first
@@ -246,6 +253,6 @@ def find_checkpoints(
     place = Path(place)
     if not place.exists(): raise LipSyncError(f'{place} does not exist; give a checkpoint, or a folder with checkpoints')
     if place.is_file(): return {place.name: place}
-    found = sorted(place.rglob('*.safetensors'), key=lambda p: -p.stat().st_mtime)
-    if not found: raise LipSyncError(f'{place} holds no checkpoint (*.safetensors); give another folder')
+    found = sorted((p for p in place.rglob('[!.]*.safetensors') if _is_generator(p)), key=lambda p: (p.stem != 'final', -p.stat().st_mtime))
+    if not found: raise LipSyncError(f'{place} holds no checkpoint of a generator (*.safetensors); give another folder')
     return {p.relative_to(place).as_posix(): p for p in found}

@@ -40,6 +40,7 @@ def read_run(
     rows = read_log(folder) if log_path(folder).exists() else []
     if file is None and not rows: raise LipSyncError(f'{folder} is no folder of a run: it holds neither a model nor a log; give one that lipsync_train or lipsync_train_sync wrote')
     cfg,info,about = load_json(folder/CONFIG) if (folder/CONFIG).exists() else {},model_info(file) if file else None,read_about(folder/ABOUT)
+    if file and about['sessions'] and file.stat().st_mtime < about['sessions'][0]['started'] - 5: file = info = None   # of a run before this one, which began anew
     return SimpleNamespace(folder=folder, file=file, info=info, rows=rows, cfg=cfg, about=about, sessions=_of_log(about['sessions'], rows),
         is_expert='SyncNet' in info['class'] if info else 'stages' not in cfg)
 
@@ -122,7 +123,8 @@ def about_validation(
     stages = list(dict.fromkeys(r['stage'] for r in run.rows))
     what = VALIDATION | (dict(loss='contrastive loss of a batch') if run.is_expert else {})
     rows = {k: {s: last_mean(run.rows, k, s) for s in stages} | {'what it is':what[k.removeprefix('valid_')]} for k in names}
-    return ('Means over the last fifth of the validations of each stage, on clips of the validation split. The log holds no intervals. These figures steered the training (its best checkpoints, its monitor), '
+    whose = 'clips drawn anew from the splits train and valid' if run.is_expert and run.info and run.info['meta'].get('split_seed') is not None else 'clips of the validation split'
+    return (f'Means over the last fifth of the validations of each stage, on {whose}. The log holds no intervals. These figures steered the training (its best checkpoints, its monitor), '
         f'so they are no evaluation.\n\n{grid(rows, "figure")}')
 
 # %% ../../nbs/45c_train.card.ipynb #5831661a
@@ -250,7 +252,7 @@ def about_taken(
     anew = run.is_expert and run.info and run.info['meta'].get('split_seed') is not None
     sure = 'If this collection, which the author named, is the one: it' if d.get('sure') is False else 'It'
     return (f'{sure} learnt from {_much(d["learnt"])}, and was validated on {_much(d["held"])}. ' + ('These were drawn anew from the splits train and valid, so persons and clips differ from the splits of the index. ' if anew else '')
-        + f'Clips of the test split took no part in training. The collection is described in [{DATA_CARD}]({DATA_CARD}).')
+        + ('' if d.get('changed') else 'Clips of the test split took no part in training. ') + f'The collection is described in [{DATA_CARD}]({DATA_CARD}).')
 
 MODEL_CARD,DATA_CARD = 'MODEL_CARD.md','DATA_CARD.md'
 
