@@ -233,6 +233,14 @@ def rest(self:Lips)->np.ndarray: # (3,) opening, width, height of the lips over 
     return self.engine.hear(_take(self._hush, token_rows([1.])).to(self.device), CTX)[0,0].cpu().numpy()
 
 # %% ../../nbs/50i_infer.lips.ipynb #7074186b
+@patch
+@torch.inference_mode()
+def _still(self:Lips, crop, ident, shape):
+    "Paint one crop (size,size,3) with a certain mouth"
+    x = self._pictures([crop])[:,None]; tok = _take(self._hush, token_rows([1.])).to(self.device)
+    y = self.engine.paint(x, ident, tok, CTX, torch.from_numpy(shape).to(x)[None,None])[0,0].clamp(0, 1)
+    return (y*255).round().byte().permute(1,2,0).cpu().numpy()
+
 THINNER = 1.,.9,.8,.7,.6 # heights of closed lips to try, over that of silence
 
 @patch
@@ -247,8 +255,7 @@ def shut(self:Lips,
     seen = [s for s in face.seen if int(face.person[s[0]]) == person]
     seen = [seen[i] for i in np.unique(np.linspace(0, len(seen)-1, n).round().astype(int))]
     tried = [np.float32(closed)*np.float32([1,1,k]) for k in THINNER]
-    def made(s, shape): return self.paint([patch_crop(s[2], face.Ms[s[0]], self.size)], [1.], self._hush, ident([s[0]]), mouth=lambda x: torch.from_numpy(shape).to(x).expand_as(x))[0][0]
-    with FaceMesh(track=False) as find: found = [find(_larger(made(s, t))) for t in tried for s in seen]
+    with FaceMesh(track=False) as find: found = [find(_larger(self._still(patch_crop(s[2], face.Ms[s[0]], self.size), ident([s[0]]), t))) for t in tried for s in seen]
     o = np.array([np.nan if l is None else mouth_opening(l[None])[0] for l in found]).reshape(len(tried), -1)
     o = o[:,np.isfinite(o).all(0)]
     return tried[int((np.median(o, 1) + _WORTH*np.arange(len(tried))).argmin()) if o.size else 0]
