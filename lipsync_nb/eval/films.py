@@ -46,6 +46,7 @@ class StillLips(LipSync):
     def know(self, face):
         refs,_ = LipSync.know(self, face); i,_,patch = face.seen[next(iter(refs.values())).late[0]]
         return refs, lambda at: patch_crop(patch, face.Ms[i], self.size)
+    def shut(self, face, ident, closed, *args): return closed          # it has but one mouth
     def paint(self, crops, t, tokens, ident, prev=None, mouth=None): return list(lay(ident, np.stack(crops))), None
 
 # %% ../../nbs/59b_eval.films.ipynb #3477d8fe
