@@ -109,7 +109,8 @@ def test_refusals(tmp_path):
         assert r.returncode == 2 and r.stderr == f'lipsync_app: cannot listen on 127.0.0.1, port {port} (Address already in use); another program may use it: give another --port\n'
     (tmp_path/'no checkpoint.safetensors').write_text('x'*99)
     r = run('--checkpoint', tmp_path/'none'); assert r.returncode == 2 and r.stderr.count('\n') == 1 and 'does not exist' in r.stderr
-    r = run('--checkpoint', tmp_path, '--folder', tmp_path/'no checkpoint.safetensors'/'x'); assert r.returncode == 2 and r.stderr.count('\n') == 1 and 'cannot write' in r.stderr
+    r = run('--checkpoint', tmp_path); assert r.returncode == 2 and r.stderr.count('\n') == 1 and 'holds no checkpoint of a generator' in r.stderr
+    r = run('--folder', tmp_path/'no checkpoint.safetensors'/'x'); assert r.returncode == 2 and r.stderr.count('\n') == 1 and 'cannot write' in r.stderr
 
 def test_others_are_let_in_only_when_asked(tmp_path):
     "Another address is announced; nothing stays when the app ends, however it ends"
