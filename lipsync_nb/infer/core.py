@@ -22,7 +22,7 @@ from .. import __version__
 from ..core import FPS, SR, LipSyncError, atomic_path, cli, hash_file, save_json, track
 from ..data.face import apply_affine, need
 from .certificate import read_certificate
-from .faces import FACES, Scene, scout
+from .faces import Scene, check_face, scout
 from .film import Behind, Film, Spool, ahead, read_sound, spans, to_and_fro
 from .lips import Lips, Stopwatch
 from .provenance import MARK, mark_video
@@ -160,7 +160,7 @@ def check_options(
 ):
     "Tell of an option that makes no sense"
     if follow not in ('video','audio'): raise LipSyncError(f"cannot follow '{follow}'; choose video or audio")
-    if str(face) not in FACES and not str(face).isdecimal(): raise LipSyncError(f"cannot choose the face '{face}'; give {', '.join(FACES)}, or a person's number")
+    check_face(face)
     for k,(lo,hi) in _RANGES.items():
         if k in options and not lo <= options[k] <= hi: raise LipSyncError(f'{k} {options[k]:g} is out of range; give a number from {lo:g} to {hi:g}')
 
