@@ -153,6 +153,8 @@ def know(self:Lips,
     return {p: r for p,(r,_) in looks.items()}, lambda at: looks[of(at[0])][1](at)
 
 # %% ../../nbs/50i_infer.lips.ipynb #573326a0
+def _bytes(y): return list((y.clamp(0, 1)*255).round().byte().permute(0,2,3,1).cpu().numpy()) # (b,3,h,w) → crops (h,w,3) uint8
+
 @patch
 def paint(self:Lips,
     crops:list, # b crops (size,size,3) uint8 of consecutive frames
@@ -167,8 +169,7 @@ def paint(self:Lips,
         x,tok = self._pictures(crops)[:,None],_take(tokens, token_rows(t)).to(self.device)   # (b,1,3,h,w): each frame has its own sound
         shape = mouth(self.engine.hear(tok, CTX)) if mouth else None
         raw = self.engine.paint(x, ident, tok, CTX, shape).transpose(0, 1)                   # (1,b,3,h,w): a clip
-        y = self.engine.smooth(raw, prev)[0].clamp(0, 1)
-        return list((y*255).round().byte().permute(0,2,3,1).cpu().numpy()), raw[:,-1:]
+        return _bytes(self.engine.smooth(raw, prev)[0]), raw[:,-1:]
 
 # %% ../../nbs/50i_infer.lips.ipynb #7db61a57
 def crop_of(
@@ -223,23 +224,22 @@ class Part:
 # %% ../../nbs/50i_infer.lips.ipynb #91128113
 @patch(as_prop=True)
 def _hush(self:Lips):
-    "Tokens of silence"
-    if not hasattr(self, '_silent'): self._silent = torch.cat(list(encode_long(self.engine, np.zeros(2*SR, np.float32), 2*FPS, CTX))).cpu()
+    "The tokens that a frame hears in silence"
+    if not hasattr(self, '_silent'): self._silent = _take(torch.cat(list(encode_long(self.engine, np.zeros(2*SR, np.float32), 2*FPS, CTX))).cpu(), token_rows([1.])).to(self.device)
     return self._silent
 
 @patch
 def rest(self:Lips)->np.ndarray: # (3,) opening, width, height of the lips over the distance between the eyes
     "The mouth that the generator makes of silence"
-    return self.engine.hear(_take(self._hush, token_rows([1.])).to(self.device), CTX)[0,0].cpu().numpy()
+    return self.engine.hear(self._hush, CTX)[0,0].cpu().numpy()
 
 # %% ../../nbs/50i_infer.lips.ipynb #7074186b
 @patch
 @torch.inference_mode()
 def _still(self:Lips, crop, ident, shape):
     "Paint one crop (size,size,3) with a certain mouth"
-    x = self._pictures([crop])[:,None]; tok = _take(self._hush, token_rows([1.])).to(self.device)
-    y = self.engine.paint(x, ident, tok, CTX, torch.from_numpy(shape).to(x)[None,None])[0,0].clamp(0, 1)
-    return (y*255).round().byte().permute(1,2,0).cpu().numpy()
+    x = self._pictures([crop])[:,None]
+    return _bytes(self.engine.paint(x, ident, self._hush, CTX, torch.from_numpy(shape).to(x)[None,None])[:,0])[0]
 
 THINNER = 1.,.9,.8,.7,.6 # heights of closed lips to try, over that of silence
 
