@@ -11,7 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from ..core import LipSyncError, atomic_path
-from ..report import fmt
+from ..report import fmt, table_cells
 from .disk import disk_errors
 
 # %% ../../nbs/42f_train.fill.ipynb #b76d9c37
@@ -28,9 +28,8 @@ def grid(
     first:str='', # Heading of the first column
 )->str: # Markdown
     "A table with a row for each entry; columns in the order in which they first appear"
-    cols = list(dict.fromkeys(c for r in rows.values() for c in r))
-    def line(cells): return f'| {" | ".join(map(plain, cells))} |'
-    return '\n'.join([line([first, *cols]), '|' + ' --- |'*(len(cols)+1), *(line([n, *(r.get(c) for c in cols)]) for n,r in rows.items())])
+    head,*body = ([*map(plain, o)] for o in table_cells(rows, first))
+    return '\n'.join(f'| {" | ".join(o)} |' for o in (head, ['---']*len(head), *body))
 
 # %% ../../nbs/42f_train.fill.ipynb #33a2bc26
 def listed(
